@@ -1,0 +1,213 @@
+#include "deform_conv2d.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+#include <vector>
+
+#include "../tensor.h"
+#include "dispatch.h"
+#include "parallel.h"
+
+DCN_KERNELS(DeformConv2dKernels, deform_conv2d_kernels)
+
+namespace dcn::cpu {
+namespace {
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Below, why each number: measured on shapes of ResNet-50 (benchmarks/NOTES.md). Only shapes decide, never the number
+// of threads, so that results repeat.
+constexpr int64_t kSlabChannels = 64;      // a slab's columns of a tile fit in a 1 MiB second-level cache
+constexpr int64_t kForwardRows = 192;      // output positions a tile
+constexpr int64_t kBackwardRows = 96;      // as much memory: columns and their gradients
+constexpr int64_t kBackwardTasks = 8;      // wanted at least, where there are images to share out
+
+class OwnedPlan : public Plan {
+ public:
+  OwnedPlan(const DeformConv2dShape& s, int64_t lanes, int64_t row_block, bool backward) {
+    shape = s;
+    // The largest divisor of groups that still fits in a vector.
+    int64_t merged = std::max<int64_t>(1, std::min(s.groups, lanes / s.group_channels()));
+    while (s.groups % merged) --merged;
+    groups = s.groups / merged;
+    group_channels = s.group_channels() * merged;
+    group_out_channels = s.group_out_channels() * merged;
+    out_panels = divide_up(group_out_channels, lanes);
+
+    const int64_t slab_channels = backward && s.batch * s.channels <= 2 * kSlabChannels ? kSlabChannels / 2 : kSlabChannels;
+    max_padded = packed_weight = 0;
+    for (int64_t c = 0; c < s.channels; c += storage_.back().width) {
+      const int64_t group = c / group_channels, deform_group = c / s.deform_group_channels();
+      const int64_t end = std::min((group + 1) * group_channels, (deform_group + 1) * s.deform_group_channels());
+      const int64_t width = std::min(end - c, slab_channels), padded = divide_up(width, lanes) * lanes;
+      storage_.push_back({c, width, padded, group, deform_group, packed_weight});
+      packed_weight += s.taps() * padded * out_panels * lanes;
+      max_padded = std::max(max_padded, padded);
+    }
+    slabs = storage_.data();
+    slab_count = static_cast<int64_t>(storage_.size());
+
+    const int64_t most_rows = backward ? kBackwardRows : kForwardRows;
+    tiles = std::max<int64_t>(1, divide_up(s.positions(), most_rows));
+    tile_rows = divide_up(divide_up(s.positions(), tiles), row_block) * row_block;
+    tiles = divide_up(s.positions(), tile_rows);
+    image_groups = std::min(s.batch, divide_up(kBackwardTasks, slab_count));
+  }
+  OwnedPlan(const OwnedPlan&) = delete;
+
+ private:
+  std::vector<Slab> storage_;
+};
+
+DeformConv2dShape checked_shape(const Tensor& input, const Tensor& offset, const Tensor& weight,
+                                const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
+                                const IntList& stride, const IntList& padding, const IntList& dilation) {
+  check_floating(input);
+  check_like_input(offset, input, "offset");
+  check_like_input(weight, input, "weight");
+  check_like_input(bias, input, "bias");
+  check_like_input(mask, input, "mask");
+  return make_deform_conv2d_shape(sizes(input), sizes(offset), sizes(weight), sizes(bias), sizes(mask), sizes(stride),
+                                  sizes(padding), sizes(dilation));
+}
+
+template <class T>
+void run_forward(const Plan& plan, const DeformConv2dKernels<T>& kernels, const Tensor& input, const Tensor& offset,
+                 const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
+                 const Tensor& output, bool channels_last) {
+  const Tensor packed = empty(weight, {plan.packed_weight}, weight.scalar_type());
+  torch::stable::parallel_for(0, plan.slab_count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) kernels.pack_weight(plan, i, data<T>(weight), data<T>(packed));
+  });
+  const ConvForward<T> args{plan,           data<T>(input), data<T>(offset), data<T>(mask),
+                            data<T>(packed), data<T>(bias),  data<T>(output), channels_last};
+  parallel_tasks(plan.shape.batch * plan.tiles, kernels.scratch_bytes(plan, false),
+                 [&](int64_t tile, void* scratch) { kernels.forward(args, tile, scratch); });
+}
+
+Tensor forward(const Tensor& input, const Tensor& offset, const Tensor& weight, const std::optional<Tensor>& bias,
+               const std::optional<Tensor>& mask, IntList stride, IntList padding, IntList dilation) {
+  const auto shape = checked_shape(input, offset, weight, bias, mask, stride, padding, dilation);
+  const ScalarType type = compute_type(input.scalar_type());
+  const bool channels_last = prefers_channels_last(input);
+  const MemoryFormat format = channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+  const Tensor output =
+      empty(input, {shape.batch, shape.out_channels, shape.out_height, shape.out_width}, type, format);
+  if (shape.batch > 0) {
+    const auto run = [&]<class T>(T) {
+      const auto& kernels = select_deform_conv2d_kernels<T>();
+      const OwnedPlan plan(shape, kernels.lanes, kernels.row_block, false);
+      run_forward<T>(plan, kernels, as(input, type, MemoryFormat::ChannelsLast), as(offset, type), as(weight, type),
+                     as(bias, type), as(mask, type), output, channels_last);
+    };
+    type == ScalarType::Double ? run(double()) : run(float());
+  }
+  return type == input.scalar_type() ? output : torch::stable::to(output, input.scalar_type());
+}
+
+struct Gradients {
+  Tensor input, offset, mask, weight;
+};
+
+// Adds up the slabs' shares, in order, into grad_offset and grad_mask.
+template <class T>
+void reduce_sampling(const Plan& plan, const T* shares, T* grad_offset, T* grad_mask) {
+  const DeformConv2dShape& s = plan.shape;
+  const int64_t taps = s.taps(), positions = s.positions(), share = s.batch * 3 * taps * positions;
+  torch::stable::parallel_for(0, s.batch * s.deform_groups * taps, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t tap = i % taps, deform_group = i / taps % s.deform_groups, image = i / taps / s.deform_groups;
+      T* to[3] = {grad_offset + 2 * i * positions, grad_offset + (2 * i + 1) * positions,
+                  grad_mask ? grad_mask + i * positions : nullptr};
+      for (int kind = 0; kind < (grad_mask ? 3 : 2); ++kind) {
+        std::fill_n(to[kind], positions, T(0));
+        for (int64_t slab = 0; slab < plan.slab_count; ++slab) {
+          if (plan.slabs[slab].deform_group != deform_group) continue;
+          const T* from = shares + slab * share + ((image * taps + tap) * 3 + kind) * positions;
+          for (int64_t p = 0; p < positions; ++p) to[kind][p] += from[p];
+        }
+      }
+    }
+  });
+}
+
+template <class T>
+void run_backward(const Plan& plan, const DeformConv2dKernels<T>& kernels, const Tensor& grad_output,
+                  const Tensor& input, const Tensor& offset, const std::optional<Tensor>& mask, const Tensor& weight,
+                  bool need_columns, bool need_weight, const Gradients& grad) {
+  const DeformConv2dShape& s = plan.shape;
+  const ScalarType type = input.scalar_type();
+  Tensor packed = empty(input, {need_columns ? plan.packed_weight : 0}, type);
+  Tensor shares = empty(input, {need_columns ? plan.slab_count * s.batch * 3 * s.taps() * s.positions() : 0}, type);
+  Tensor grad_packed = zeros(input, {need_weight ? plan.image_groups * plan.packed_weight : 0}, type);
+  if (need_columns)
+    torch::stable::parallel_for(0, plan.slab_count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) kernels.pack_weight_transposed(plan, i, data<T>(weight), data<T>(packed));
+    });
+  const ConvBackward<T> args{plan,
+                             data<T>(grad_output),
+                             data<T>(input),
+                             data<T>(offset),
+                             data<T>(mask),
+                             need_columns ? data<T>(packed) : nullptr,
+                             need_columns ? data<T>(grad.input) : nullptr,
+                             need_columns ? data<T>(shares) : nullptr,
+                             need_weight ? data<T>(grad_packed) : nullptr};
+  parallel_tasks(plan.slab_count * plan.image_groups, kernels.scratch_bytes(plan, true),
+                 [&](int64_t task, void* scratch) {
+                   kernels.backward(args, task % plan.slab_count, task / plan.slab_count, scratch);
+                 });
+  if (need_columns)
+    reduce_sampling(plan, data<T>(shares), data<T>(grad.offset), mask ? data<T>(grad.mask) : nullptr);
+  if (need_weight)
+    torch::stable::parallel_for(0, plan.slab_count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        kernels.unpack_grad_weight(plan, i, data<T>(grad_packed), data<T>(grad.weight));
+    });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input,
+                                                    const Tensor& offset, const Tensor& weight,
+                                                    const std::optional<Tensor>& mask, IntList stride, IntList padding,
+                                                    IntList dilation, bool need_input, bool need_sampling,
+                                                    bool need_weight) {
+  const auto shape = checked_shape(input, offset, weight, std::nullopt, mask, stride, padding, dilation);
+  check_like_input(grad_output, input, "grad_output");
+  check_shape(sizes(grad_output), {shape.batch, shape.out_channels, shape.out_height, shape.out_width}, "grad_output",
+              "(N, Co, Ho, Wo)");
+  const ScalarType type = compute_type(input.scalar_type());
+  const MemoryFormat format = prefers_channels_last(input) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+  // One pass over the samples gives grad_input, grad_offset and grad_mask together.
+  const bool need_columns = need_input || need_sampling;
+  const auto gradient_of = [&](bool needed, const Tensor& t, MemoryFormat f = MemoryFormat::Contiguous) {
+    return needed ? zeros(t, IntList(sizes(t).begin(), sizes(t).end()), type, f) : empty(t, {0}, type);
+  };
+  const Gradients grad{gradient_of(need_columns, input, MemoryFormat::ChannelsLast), gradient_of(need_columns, offset),
+                       mask ? gradient_of(need_columns, *mask) : empty(input, {0}, type),
+                       gradient_of(need_weight, weight)};
+  if (shape.batch > 0) {
+    const auto run = [&]<class T>(T) {
+      const auto& kernels = select_deform_conv2d_kernels<T>();
+      const OwnedPlan plan(shape, kernels.lanes, kernels.row_block, true);
+      run_backward<T>(plan, kernels, as(grad_output, type, MemoryFormat::ChannelsLast),
+                      as(input, type, MemoryFormat::ChannelsLast), as(offset, type), as(mask, type), as(weight, type),
+                      need_columns, need_weight, grad);
+    };
+    type == ScalarType::Double ? run(double()) : run(float());
+  }
+  const auto finish = [&](bool needed, const Tensor& g, MemoryFormat f = MemoryFormat::Contiguous) {
+    return needed ? as(g, input.scalar_type(), f) : empty(input, {0}, input.scalar_type());
+  };
+  return {finish(need_input, grad.input, format), finish(need_sampling, grad.offset),
+          finish(need_sampling && mask, grad.mask), finish(need_weight, grad.weight)};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(dcn_plugin, CPU, m) {
+  m.impl("deform_conv2d", TORCH_BOX(&forward));
+  m.impl("deform_conv2d_backward", TORCH_BOX(&backward));
+}
+
+}  // namespace dcn::cpu

@@ -1,0 +1,84 @@
+// How the CPU cuts a deformable convolution into work, shared by the driver (cpu/deform_conv2d.cpp) and the kernels
+// (cpu/simd/deform_conv2d.cpp).
+//
+// The column matrix is never whole. Channels are cut into slabs, output positions into tiles; a tile's samples of one slab
+// are gathered into a small buffer that stays in the second-level cache and is multiplied at once.
+//   forward   one task per tile: out[tile] = sum over slabs of columns[tile, slab] * weight[slab]
+//   backward  one task per slab and group of images. A slab owns its channels of grad_input and grad_weight outright, so
+//             no two tasks write to one place, nothing is atomic, and the result does not depend on the thread count.
+// Images are read channels last, so that the gathers and scatters are over whole vectors of neighbouring channels.
+#pragma once
+#include <cstdint>
+
+#include "../deform_conv2d.h"
+#include "../sampling.h"
+
+namespace dcn::cpu {
+
+// Neighbouring channels that belong to one group and to one deform group.
+struct Slab {
+  int64_t channel, width;  // first input channel, number of channels
+  int64_t padded;          // width in whole vectors; the lanes past it are zero
+  int64_t group, deform_group;
+  int64_t weights;  // where its weights start among the packed ones
+};
+
+struct Plan {
+  DeformConv2dShape shape;
+  // Groups narrower than a vector are merged into one with block-diagonal weights, so that vectors are full.
+  int64_t groups, group_channels, group_out_channels;
+  int64_t out_panels;  // panels (vectors) that hold group_out_channels
+  const Slab* slabs;
+  int64_t slab_count;
+  int64_t max_padded;     // of all slabs
+  int64_t packed_weight;  // elements of all packed weights
+  int64_t tile_rows;      // output positions a tile, a multiple of the kernels' row block
+  int64_t tiles;          // of one image
+  int64_t image_groups;   // backward only
+};
+
+// Where one kernel position falls, for one output position.
+template <class T>
+struct Tap : Sample<T> {
+  T mask;
+};
+
+template <class T>
+struct ConvForward {
+  const Plan& plan;
+  const T* input;          // (N, H, W, C)
+  const T* offset;         // (N, 2 * deform_groups * taps, Ho * Wo)
+  const T* mask;           // (N, deform_groups * taps, Ho * Wo), or null
+  const T* packed_weight;  // by pack_weight
+  const T* bias;           // (Co,), or null
+  T* output;               // (N, Ho * Wo, Co) if channels_last, else (N, Co, Ho * Wo)
+  bool channels_last;
+};
+
+template <class T>
+struct ConvBackward {
+  const Plan& plan;
+  const T* grad_output;    // (N, Ho * Wo, Co)
+  const T* input;          // as above
+  const T* offset;
+  const T* mask;
+  const T* packed_weight;  // by pack_weight_transposed; null if neither grad_input nor grad_sampling is needed
+  T* grad_input;           // (N, H, W, C), zero on entry; null with packed_weight
+  T* grad_sampling;        // (slabs, N, 3 * taps, Ho * Wo): each slab's share of d/dy, d/dx, d/dmask; null with the above
+  T* grad_weight;          // (image_groups, packed_weight), zero on entry, or null
+};
+
+// One of these for each instruction set.
+template <class T>
+struct DeformConv2dKernels {
+  int64_t lanes, row_block;
+  int64_t (*scratch_bytes)(const Plan&, bool backward);
+  void (*pack_weight)(const Plan&, int64_t slab, const T* weight, T* packed);
+  void (*pack_weight_transposed)(const Plan&, int64_t slab, const T* weight, T* packed);
+  // Adds the image groups up in order; grad_weight is (Co, C / groups, kh, kw).
+  void (*unpack_grad_weight)(const Plan&, int64_t slab, const T* packed, T* grad_weight);
+  void (*forward)(const ConvForward<T>&, int64_t tile, void* scratch);
+  void (*backward)(const ConvBackward<T>&, int64_t slab, int64_t image_group, void* scratch);
+};
+
+}  // namespace dcn::cpu

@@ -1,0 +1,71 @@
+// Vectors of the widest registers the instruction set offers. Everything in cpu/simd is compiled once per instruction
+// set (setup.py lists them) into a namespace of its own, DCN_ISA; it therefore has internal linkage or lives in that
+// namespace, and includes no header whose inline functions the linker could share with code for older processors.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#ifndef DCN_ISA
+#error "DCN_ISA names the instruction set a file of cpu/simd is compiled for"
+#endif
+
+namespace dcn::cpu::DCN_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kVectorRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr int kVectorRegisters = 16;
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kVectorRegisters = 16;
+#endif
+
+template <class T>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+// GCC and Clang lower operators on this type to the target's instructions, and fuse a * b + c.
+template <class T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+};
+template <class T>
+using Vec = typename VectorOf<T>::type;
+
+template <class T>
+static inline Vec<T> load(const T* p) {
+  Vec<T> v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+template <class T>
+static inline void store(T* p, Vec<T> v) {
+  __builtin_memcpy(p, &v, sizeof(v));
+}
+
+// The first `count` lanes, the others zero; nothing past them is touched.
+template <class T>
+static inline Vec<T> load_first(const T* p, int64_t count) {
+  Vec<T> v = {};
+  for (int64_t i = 0; i < count; ++i) v[i] = p[i];
+  return v;
+}
+
+template <class T>
+static inline void store_first(T* p, Vec<T> v, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) p[i] = v[i];
+}
+
+template <class T>
+static inline T sum(Vec<T> v) {
+  T lane[kLanes<T>];
+  store(lane, v);
+#pragma GCC unroll 4
+  for (int half = kLanes<T> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  return lane[0];
+}
+
+}  // namespace dcn::cpu::DCN_ISA

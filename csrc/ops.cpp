@@ -1,0 +1,21 @@
+// The schema of every operator. Kernels are registered beside their implementations, autograd and fake kernels in
+// dcn_plugin/ops.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(dcn_plugin, m) {
+  m.def(
+      "deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias, Tensor? mask, "
+      "int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
+  // Gradients that are not needed, and that of an absent mask, come back empty.
+  m.def(
+      "deform_conv2d_backward(Tensor grad_output, Tensor input, Tensor offset, Tensor weight, Tensor? mask, "
+      "int[2] stride, int[2] padding, int[2] dilation, bool need_input, bool need_sampling, bool need_weight) -> "
+      "(Tensor grad_input, Tensor grad_offset, Tensor grad_mask, Tensor grad_weight)");
+  m.def(
+      "deform_roi_align(Tensor input, Tensor rois, Tensor? offset, Tensor? mask, int[2] output_size, "
+      "float spatial_scale, int sampling_ratio, float gamma) -> Tensor");
+  m.def(
+      "deform_roi_align_backward(Tensor grad_output, Tensor input, Tensor rois, Tensor? offset, Tensor? mask, "
+      "int[2] output_size, float spatial_scale, int sampling_ratio, float gamma, bool need_input, "
+      "bool need_sampling) -> (Tensor grad_input, Tensor grad_offset, Tensor grad_mask)");
+}

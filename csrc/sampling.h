@@ -1,0 +1,77 @@
+// Where does a sample fall? The one home of the border rules: every kernel, on the host and on the device, asks here.
+#pragma once
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define DCN_INLINE static __host__ __device__ __forceinline__
+#else
+#define DCN_INLINE static inline  // internal linkage: the CPU kernels are compiled once per instruction set
+#endif
+
+namespace dcn {
+
+// One axis of a bilinear sample: value = (1 - frac) * map[low] + frac * map[high], and its derivative with respect to
+// the position is map[high] - map[low]. An index of -1 is a neighbour outside the map: it holds 0 and takes no gradient.
+template <class T>
+struct AxisSample {
+  int32_t low, high;
+  T frac;
+};
+
+// Convolution: the map continues with zeros, and a sample counts where -1 < position < size. The comparisons are
+// written so that NaN and infinities fail them.
+template <class T>
+DCN_INLINE AxisSample<T> locate_zero_padded(T position, int32_t size) {
+  if (!(position > T(-1) && position < T(size))) return {-1, -1, T(0)};
+  const T floor = std::floor(position);
+  const int32_t low = static_cast<int32_t>(floor);
+  return {low, low + 1 < size ? low + 1 : -1, position - floor};
+}
+
+// RoI align: a sample counts where -1 <= position <= size, and between the edge and the border pixel's centre it takes
+// the border pixel's value, so that moving it there changes nothing.
+template <class T>
+DCN_INLINE AxisSample<T> locate_clamped(T position, int32_t size) {
+  if (!(position >= T(-1) && position <= T(size))) return {-1, -1, T(0)};
+  if (position < T(0)) return {0, 0, T(0)};
+  const int32_t low = static_cast<int32_t>(position);
+  if (low >= size - 1) return {size - 1, size - 1, T(0)};
+  return {low, low + 1, position - T(low)};
+}
+
+// A sample of a map of `width` columns: its four pixels (top left, top right, bottom left, bottom right; row-major index,
+// -1 outside the map), their weights, and the fractions that the derivatives need.
+template <class T>
+struct Sample {
+  int32_t pixel[4];
+  T weight[4];
+  T frac_y, frac_x;
+};
+
+DCN_INLINE int32_t pixel_index(int32_t y, int32_t x, int32_t width) {
+  return y < 0 || x < 0 ? -1 : y * width + x;
+}
+
+template <class T>
+DCN_INLINE Sample<T> make_sample(AxisSample<T> y, AxisSample<T> x, int32_t width) {
+  const T top = T(1) - y.frac, left = T(1) - x.frac;
+  return {{pixel_index(y.low, x.low, width), pixel_index(y.low, x.high, width),
+           pixel_index(y.high, x.low, width), pixel_index(y.high, x.high, width)},
+          {top * left, top * x.frac, y.frac * left, y.frac * x.frac},
+          y.frac,
+          x.frac};
+}
+
+// Derivatives of sum(weight[i] * value[i]) with respect to the sample's position, from the four values.
+template <class T>
+DCN_INLINE T derivative_y(const Sample<T>& s, const T value[4]) {
+  return (T(1) - s.frac_x) * (value[2] - value[0]) + s.frac_x * (value[3] - value[1]);
+}
+
+template <class T>
+DCN_INLINE T derivative_x(const Sample<T>& s, const T value[4]) {
+  return (T(1) - s.frac_y) * (value[1] - value[0]) + s.frac_y * (value[3] - value[2]);
+}
+
+}  // namespace dcn

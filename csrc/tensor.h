@@ -1,0 +1,85 @@
+// What the operators of every device need from the stable ABI's tensors.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <array>
+#include <optional>
+#include <vector>
+
+#include "check.h"
+
+namespace dcn {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using IntList = std::vector<int64_t>;
+
+inline Sizes sizes(const Tensor& t) { return {t.sizes().data(), static_cast<size_t>(t.dim())}; }
+
+inline std::optional<Sizes> sizes(const std::optional<Tensor>& t) {
+  return t ? std::optional<Sizes>(sizes(*t)) : std::nullopt;
+}
+
+inline Sizes sizes(const IntList& list) { return {list.data(), list.size()}; }
+
+// Throws unless `t` has input's dtype and device.
+inline void check_like_input(const std::optional<Tensor>& t, const Tensor& input, const char* name) {
+  if (!t) return;
+  check(t->scalar_type() == input.scalar_type(), name, " must have input's dtype ",
+        torch::headeronly::toString(input.scalar_type()), ", got ", torch::headeronly::toString(t->scalar_type()),
+        " (shapes: input ", to_string(sizes(input)), ", ", name, " ", to_string(sizes(*t)), ")");
+  check(t->device() == input.device(), name, " must be on input's device (shapes: input ", to_string(sizes(input)), ", ",
+        name, " ", to_string(sizes(*t)), ")");
+}
+
+inline void check_floating(const Tensor& input) {
+  const ScalarType type = input.scalar_type();
+  check(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
+            type == ScalarType::BFloat16,
+        "input must be float32, float64, float16 or bfloat16, got ", torch::headeronly::toString(type));
+}
+
+// The type kernels compute coordinates and sums in: float for everything but double.
+inline ScalarType compute_type(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
+
+// Channels last and not at the same time contiguous, as convolutions read a tensor's preferred layout.
+inline bool prefers_channels_last(const Tensor& t) {
+  const auto stride = t.strides();
+  const auto size = t.sizes();
+  return stride[1] == 1 && size[1] > 1 && stride[3] >= size[1] && stride[2] >= stride[3] * size[3];
+}
+
+inline Tensor as(const Tensor& t, ScalarType type, MemoryFormat format = MemoryFormat::Contiguous) {
+  const Tensor converted = t.scalar_type() == type ? t : torch::stable::to(t, type);
+  return torch::stable::contiguous(converted, format);
+}
+
+inline std::optional<Tensor> as(const std::optional<Tensor>& t, ScalarType type) {
+  return t ? std::optional<Tensor>(as(*t, type)) : std::nullopt;
+}
+
+inline Tensor empty(const Tensor& like, IntList size, ScalarType type,
+                    MemoryFormat format = MemoryFormat::Contiguous) {
+  return torch::stable::empty({size.data(), size.size()}, type, std::nullopt, like.device(), std::nullopt, format);
+}
+
+inline Tensor zeros(const Tensor& like, IntList size, ScalarType type,
+                    MemoryFormat format = MemoryFormat::Contiguous) {
+  Tensor t = empty(like, std::move(size), type, format);
+  return torch::stable::zero_(t);
+}
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+template <class T>
+T* data(const std::optional<Tensor>& t) {
+  return t ? data<T>(*t) : nullptr;
+}
+
+}  // namespace dcn

@@ -1,0 +1,86 @@
+"""Loads the native library and holds what every operator's registration shares."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+LIBRARY = Path(__file__).parent.parent / "_cpu.so"
+NAMESPACE = "dcn_plugin"
+
+
+def _load() -> None:
+    if not LIBRARY.exists():
+        raise ImportError(
+            f"dcn_plugin's compiled operators are missing ({LIBRARY}): build them for this PyTorch with "
+            "`pip install --no-build-isolation .` in the project's folder."
+        )
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        raise ImportError(
+            f"dcn_plugin's compiled operators do not load on PyTorch {torch.__version__} (they need 2.10 or later): "
+            "rebuild them with `pip install --no-build-isolation --force-reinstall --no-deps .` in the project's folder."
+        ) from error
+
+
+_load()
+
+
+def register_autocast(operator: str) -> None:
+    """Lets autocast run ``operator`` as it runs convolutions: floating tensors are cast to autocast's dtype.
+
+    float64 tensors keep their dtype, as in PyTorch's own rules. (``torch.library.register_autocast`` fixes the dtype
+    when it registers; this follows whatever dtype the region asks for.)
+    """
+    overload = getattr(getattr(torch.ops, NAMESPACE), operator).default
+    for device in ("cpu", "cuda"):
+        key = f"Autocast{device.upper()}"
+
+        def kernel(*args, _device=device, _key=key, **kwargs):
+            dtype = torch.get_autocast_dtype(_device)
+
+            def cast(value):
+                eligible = (
+                    isinstance(value, torch.Tensor)
+                    and value.is_floating_point()
+                    and value.dtype is not torch.float64
+                    and value.device.type == _device
+                )
+                return value.to(dtype) if eligible else value
+
+            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key))):
+                return overload(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
+
+        _FRAGMENT.impl(operator, kernel, key)
+
+
+_FRAGMENT = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def register_no_double_backward(operator: str) -> None:
+    """Makes differentiating ``operator`` (a backward) an error, where autograd would return wrong zeros."""
+
+    def refuse(ctx, *grads):
+        raise NotImplementedError(f"{NAMESPACE}.{operator} is not differentiable: second derivatives are not supported")
+
+    torch.library.register_autograd(f"{NAMESPACE}::{operator}", refuse)
+
+
+def pair(value, name: str) -> list[int]:
+    """An int or two ints as two ints; anything else is a ValueError that names the argument."""
+    values = [value, value] if isinstance(value, int) else list(value)
+    if len(values) != 2 or not all(isinstance(v, (int, torch.SymInt)) for v in values):
+        raise ValueError(f"{name} must be an integer or two integers, got {value!r}")
+    return values
+
+
+def memory_format_of(tensor: torch.Tensor) -> torch.memory_format:
+    """The layout in which an operator answers a (N, C, H, W) tensor; csrc/tensor.h has the same rule."""
+    (_, channels, _, width), (_, c, h, w) = tensor.shape, tensor.stride()
+    if c == 1 and channels > 1 and w >= channels and h >= w * width:
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+__all__: list[Callable] = [register_autocast, register_no_double_backward, pair, memory_format_of]
