@@ -25,21 +25,25 @@ inline std::optional<Sizes> sizes(const std::optional<Tensor>& t) {
 
 inline Sizes sizes(const IntList& list) { return {list.data(), list.size()}; }
 
+inline void check_same_device(const Tensor& t, const Tensor& input, const char* name) {
+  check(t.device() == input.device(), name, " must be on input's device (shapes: input ", to_string(sizes(input)), ", ",
+        name, " ", to_string(sizes(t)), ")");
+}
+
 // Throws unless `t` has input's dtype and device.
 inline void check_like_input(const std::optional<Tensor>& t, const Tensor& input, const char* name) {
   if (!t) return;
+  check_same_device(*t, input, name);
   check(t->scalar_type() == input.scalar_type(), name, " must have input's dtype ",
         torch::headeronly::toString(input.scalar_type()), ", got ", torch::headeronly::toString(t->scalar_type()),
         " (shapes: input ", to_string(sizes(input)), ", ", name, " ", to_string(sizes(*t)), ")");
-  check(t->device() == input.device(), name, " must be on input's device (shapes: input ", to_string(sizes(input)), ", ",
-        name, " ", to_string(sizes(*t)), ")");
 }
 
-inline void check_floating(const Tensor& input) {
-  const ScalarType type = input.scalar_type();
+inline void check_floating(const Tensor& t, const char* name) {
+  const ScalarType type = t.scalar_type();
   check(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
             type == ScalarType::BFloat16,
-        "input must be float32, float64, float16 or bfloat16, got ", torch::headeronly::toString(type));
+        name, " must be float32, float64, float16 or bfloat16, got ", torch::headeronly::toString(type));
 }
 
 // The type kernels compute coordinates and sums in: float for everything but double.

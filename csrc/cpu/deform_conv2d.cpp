@@ -63,7 +63,7 @@ class OwnedPlan : public Plan {
 DeformConv2dShape checked_shape(const Tensor& input, const Tensor& offset, const Tensor& weight,
                                 const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
                                 const IntList& stride, const IntList& padding, const IntList& dilation) {
-  check_floating(input);
+  check_floating(input, "input");
   check_like_input(offset, input, "offset");
   check_like_input(weight, input, "weight");
   check_like_input(bias, input, "bias");

@@ -1,5 +1,6 @@
 """Deformable operators for CPU and CUDA tensors; needs torch alone."""
 
 from .deform_conv2d import deform_conv2d
+from .deform_roi_align import deform_roi_align
 
-__all__ = ["deform_conv2d"]
+__all__ = ["deform_conv2d", "deform_roi_align"]

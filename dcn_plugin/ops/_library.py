@@ -1,6 +1,5 @@
 """Loads the native library and holds what every operator's registration shares."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,35 +26,44 @@ def _load() -> None:
 _load()
 
 
-def register_autocast(operator: str) -> None:
+_FRAGMENT = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def register_autocast(operator: str, keep: tuple[str, ...] = ()) -> None:
     """Lets autocast run ``operator`` as it runs convolutions: floating tensors are cast to autocast's dtype.
 
-    float64 tensors keep their dtype, as in PyTorch's own rules. (``torch.library.register_autocast`` fixes the dtype
-    when it registers; this follows whatever dtype the region asks for.)
+    float64 tensors and the arguments named in ``keep`` keep their dtype. (``torch.library.register_autocast`` fixes the
+    dtype when it registers; this follows whatever dtype the region asks for.)
     """
     overload = getattr(getattr(torch.ops, NAMESPACE), operator).default
-    for device in ("cpu", "cuda"):
+    names = [argument.name for argument in overload._schema.arguments]
+
+    def register(device: str) -> None:
         key = f"Autocast{device.upper()}"
+        autocast_off = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-        def kernel(*args, _device=device, _key=key, **kwargs):
-            dtype = torch.get_autocast_dtype(_device)
+        def kernel(*args, **kwargs):
+            dtype = torch.get_autocast_dtype(device)
 
-            def cast(value):
+            def cast(name, value):
                 eligible = (
-                    isinstance(value, torch.Tensor)
+                    name not in keep
+                    and isinstance(value, torch.Tensor)
                     and value.is_floating_point()
                     and value.dtype is not torch.float64
-                    and value.device.type == _device
+                    and value.device.type == device
                 )
                 return value.to(dtype) if eligible else value
 
-            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key))):
-                return overload(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
+            args = [cast(name, value) for name, value in zip(names, args, strict=False)]
+            kwargs = {name: cast(name, value) for name, value in kwargs.items()}
+            with torch._C._ExcludeDispatchKeyGuard(autocast_off):
+                return overload(*args, **kwargs)
 
         _FRAGMENT.impl(operator, kernel, key)
 
-
-_FRAGMENT = torch.library.Library(NAMESPACE, "FRAGMENT")
+    register("cpu")
+    register("cuda")
 
 
 def register_no_double_backward(operator: str) -> None:
@@ -82,5 +90,3 @@ def memory_format_of(tensor: torch.Tensor) -> torch.memory_format:
         return torch.channels_last
     return torch.contiguous_format
 
-
-__all__: list[Callable] = [register_autocast, register_no_double_backward, pair, memory_format_of]

@@ -1,28 +1,11 @@
 #include "../deform_conv2d.h"
 
-#include "../dispatch.h"
+#include "arena.h"
 #include "gemm.h"
 
 namespace dcn::cpu {
 namespace DCN_ISA {
 namespace {
-
-// Cuts a task's scratch memory into aligned arrays; with a null base it only measures.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-  template <class T>
-  T* take(int64_t count) {
-    T* p = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
-    used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-    return p;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
 
 template <class T>
 struct Scratch {

@@ -1,0 +1,191 @@
+#include "../deform_roi_align.h"
+
+#include <algorithm>
+
+#include "arena.h"
+#include "vec.h"
+
+namespace dcn::cpu {
+namespace DCN_ISA {
+namespace {
+
+// One axis of a bin's samples, added up per pixel of that axis.
+template <class T>
+struct AxisWeights {
+  T* weight;             // by pixel; valid in [begin, end)
+  T* slope;              // its derivative with respect to a common shift of the samples
+  int32_t begin, end;
+};
+
+template <class T>
+struct Scratch {
+  Scratch(const DeformRoIAlignShape& s, Arena arena) {
+    y_storage[0] = arena.take<T>(s.height), y_storage[1] = arena.take<T>(s.height);
+    x_storage[0] = arena.take<T>(s.width), x_storage[1] = arena.take<T>(s.width);
+    bins = arena.take<T>(s.bins() * s.channels);
+    bytes = arena.used();
+  }
+  T* y_storage[2];
+  T* x_storage[2];
+  T* bins;  // forward: (oh * ow, C)
+  int64_t bytes;
+};
+
+template <class T>
+int64_t scratch_bytes(const DeformRoIAlignShape& s) {
+  return Scratch<T>(s, Arena(nullptr)).bytes;
+}
+
+template <class T>
+AxisWeights<T> weigh(const RoIAxis<T>& axis, int64_t bin, T shift, int32_t size, T* const storage[2]) {
+  AxisWeights<T> w{storage[0], storage[1], 0, 0};
+  const SampleRange range = samples_near_map(axis, bin, shift, size);
+  const auto add = [&](int32_t pixel, T weight, T slope) {
+    // Samples come in order, up or down: the range of pixels grows at one end at a time.
+    if (w.begin == w.end) w.begin = w.end = pixel;
+    for (; w.end <= pixel; ++w.end) w.weight[w.end] = w.slope[w.end] = T(0);
+    for (; w.begin > pixel; --w.begin) w.weight[w.begin - 1] = w.slope[w.begin - 1] = T(0);
+    w.weight[pixel] += weight;
+    w.slope[pixel] += slope;
+  };
+  for (int64_t i = range.begin; i < range.end; ++i) {
+    const auto at = locate_clamped(sample_position(axis, bin, shift, T(i)), size);
+    if (at.low < 0) continue;
+    add(at.low, T(1) - at.frac, T(-1));
+    add(at.high, at.frac, T(1));
+  }
+  return w;
+}
+
+// A RoI on the map and what its bins are scaled by.
+template <class T>
+struct RoI {
+  RoI(const DeformRoIAlignShape& s, const T* roi, const T* offset, const T* mask, int64_t index)
+      : image(static_cast<int64_t>(roi[0])),
+        y(roi_axis(roi[2], roi[4], T(s.spatial_scale), s.out_height, s.sampling_ratio)),
+        x(roi_axis(roi[1], roi[3], T(s.spatial_scale), s.out_width, s.sampling_ratio)),
+        scale_y(T(s.gamma) * y.length),
+        scale_x(T(s.gamma) * x.length),
+        inverse_count(T(1) / std::max(y.samples * x.samples, T(1))),
+        offset_x(offset ? offset + index * 2 * s.bins() : nullptr),
+        offset_y(offset ? offset_x + s.bins() : nullptr),
+        mask(mask ? mask + index * s.bins() : nullptr) {}
+
+  T shift_y(int64_t bin) const { return offset_y ? scale_y * offset_y[bin] : T(0); }
+  T shift_x(int64_t bin) const { return offset_x ? scale_x * offset_x[bin] : T(0); }
+  T mask_of(int64_t bin) const { return mask ? mask[bin] : T(1); }
+
+  int64_t image;
+  RoIAxis<T> y, x;
+  T scale_y, scale_x, inverse_count;
+  const T* offset_x;
+  const T* offset_y;
+  const T* mask;
+};
+
+// out[0 .. Vectors) = sum over the bin's pixels of scale * weight * map, for `Vectors` vectors of channels.
+template <class T, int Vectors>
+inline void pool(const DeformRoIAlignShape& s, const AxisWeights<T>& y, const AxisWeights<T>& x, const T* map, T scale,
+                 T* out) {
+  constexpr int L = kLanes<T>;
+  Vec<T> sums[Vectors] = {};
+  for (int32_t row = y.begin; row < y.end; ++row) {
+    for (int32_t column = x.begin; column < x.end; ++column) {
+      const T weight = scale * y.weight[row] * x.weight[column];
+      const T* pixel = map + (row * s.width + column) * s.channels;
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) sums[v] += weight * load(pixel + v * L);
+    }
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < Vectors; ++v) store(out + v * L, sums[v]);
+}
+
+template <class T>
+void forward(const RoIForward<T>& args, int64_t index, void* memory) {
+  constexpr int L = kLanes<T>;
+  const DeformRoIAlignShape& s = args.shape;
+  const Scratch<T> scratch(s, Arena(memory));
+  const RoI<T> roi(s, args.rois + index * 5, args.offset, args.mask, index);
+  const T* map = args.input + roi.image * s.height * s.width * s.channels;
+  T* output = args.output + index * s.bins() * s.channels;
+  T* bins = args.channels_last ? output : scratch.bins;
+  for (int64_t bin = 0; bin < s.bins(); ++bin) {
+    const auto y = weigh(roi.y, bin / s.out_width, roi.shift_y(bin), static_cast<int32_t>(s.height), scratch.y_storage);
+    const auto x = weigh(roi.x, bin % s.out_width, roi.shift_x(bin), static_cast<int32_t>(s.width), scratch.x_storage);
+    const T scale = roi.mask_of(bin) * roi.inverse_count;
+    T* out = bins + bin * s.channels;
+    int64_t c = 0;
+    for (; c + 4 * L <= s.channels; c += 4 * L) pool<T, 4>(s, y, x, map + c, scale, out + c);
+    for (; c + L <= s.channels; c += L) pool<T, 1>(s, y, x, map + c, scale, out + c);
+    for (; c < s.channels; ++c) {
+      T total = T(0);
+      for (int32_t row = y.begin; row < y.end; ++row)
+        for (int32_t column = x.begin; column < x.end; ++column)
+          total += scale * y.weight[row] * x.weight[column] * map[(row * s.width + column) * s.channels + c];
+      out[c] = total;
+    }
+  }
+  if (!args.channels_last)
+    for (int64_t c = 0; c < s.channels; ++c)
+      for (int64_t bin = 0; bin < s.bins(); ++bin) output[c * s.bins() + bin] = bins[bin * s.channels + c];
+}
+
+template <class T>
+void backward(const RoIBackward<T>& args, int64_t slab, int64_t image, void* memory) {
+  constexpr int L = kLanes<T>;
+  const DeformRoIAlignShape& s = args.shape;
+  const Scratch<T> scratch(s, Arena(memory));
+  const int64_t channel = slab * kRoISlabChannels, width = std::min(kRoISlabChannels, s.channels - channel);
+  const int64_t map_start = image * s.height * s.width * s.channels + channel;
+  for (int64_t index = 0; index < s.rois; ++index) {
+    const RoI<T> roi(s, args.rois + index * 5, args.offset, args.mask, index);
+    if (roi.image != image) continue;
+    T* grad_sampling = args.grad_sampling + (slab * s.rois + index) * 3 * s.bins();
+    for (int64_t bin = 0; bin < s.bins(); ++bin) {
+      const auto y = weigh(roi.y, bin / s.out_width, roi.shift_y(bin), static_cast<int32_t>(s.height), scratch.y_storage);
+      const auto x = weigh(roi.x, bin % s.out_width, roi.shift_x(bin), static_cast<int32_t>(s.width), scratch.x_storage);
+      const T mask = roi.mask_of(bin);
+      const T* grad = args.grad_output + (index * s.bins() + bin) * s.channels + channel;
+      T sum_y = T(0), sum_x = T(0), sum_mask = T(0);
+      for (int32_t row = y.begin; row < y.end; ++row) {
+        for (int32_t column = x.begin; column < x.end; ++column) {
+          const int64_t pixel = map_start + (row * s.width + column) * s.channels;
+          const T weight = y.weight[row] * x.weight[column] * roi.inverse_count;
+          const T* value = args.input + pixel;
+          T* grad_pixel = args.grad_input + pixel;
+          Vec<T> dots = {};
+          int64_t c = 0;
+          for (; c + L <= width; c += L) {
+            const Vec<T> g = load(grad + c);
+            dots += g * load(value + c);
+            store(grad_pixel + c, load(grad_pixel + c) + weight * mask * g);
+          }
+          T dot = sum<T>(dots);
+          for (; c < width; ++c) {
+            dot += grad[c] * value[c];
+            grad_pixel[c] += weight * mask * grad[c];
+          }
+          sum_y += y.slope[row] * x.weight[column] * dot;
+          sum_x += y.weight[row] * x.slope[column] * dot;
+          sum_mask += weight * dot;
+        }
+      }
+      grad_sampling[bin] = mask * roi.scale_x * roi.inverse_count * sum_x;
+      grad_sampling[s.bins() + bin] = mask * roi.scale_y * roi.inverse_count * sum_y;
+      grad_sampling[2 * s.bins() + bin] = sum_mask;
+    }
+  }
+}
+
+}  // namespace
+
+template <class T>
+DeformRoIAlignKernels<T> deform_roi_align_kernels() {
+  return {scratch_bytes<T>, forward<T>, backward<T>};
+}
+template DeformRoIAlignKernels<float> deform_roi_align_kernels();
+template DeformRoIAlignKernels<double> deform_roi_align_kernels();
+
+}  // namespace DCN_ISA
+}  // namespace dcn::cpu

@@ -1,0 +1,92 @@
+// The sizes of a deformable RoI align, built and checked once, and where a RoI's samples lie, for every device.
+#pragma once
+#include <cstdint>
+#include <limits>
+#include <optional>
+
+#include "check.h"
+#include "sampling.h"
+
+namespace dcn {
+
+struct DeformRoIAlignShape {
+  int64_t batch, channels, height, width;  // input
+  int64_t rois, out_height, out_width;
+  int64_t sampling_ratio;
+  double spatial_scale, gamma;
+
+  int64_t bins() const { return out_height * out_width; }
+};
+
+// Throws an error that names the argument and both shapes; offset and mask may be absent.
+inline DeformRoIAlignShape make_deform_roi_align_shape(Sizes input, Sizes rois, std::optional<Sizes> offset,
+                                                       std::optional<Sizes> mask, Sizes output_size,
+                                                       double spatial_scale, int64_t sampling_ratio, double gamma) {
+  check_rank(input, 4, "input", "(N, C, H, W)");
+  check_rank(rois, 2, "rois", "(K, 5)");
+  check(rois[1] == 5, "rois must have shape (K, 5), each row (batch index, x1, y1, x2, y2), got ", to_string(rois));
+  check(output_size.size() == 2 && output_size[0] > 0 && output_size[1] > 0,
+        "output_size must be two positive integers, got ", to_string(output_size));
+  check(sampling_ratio >= 0, "sampling_ratio must not be negative, got ", sampling_ratio);
+  check(input[1] > 0 && input[2] > 0 && input[3] > 0, "input must have at least one channel and one pixel, got shape ",
+        to_string(input));
+  check(input[2] <= std::numeric_limits<int32_t>::max() / input[3],
+        "input's maps must have less than 2^31 pixels, got shape ", to_string(input));
+  if (offset)
+    check_shape(*offset, {rois[0], 2, output_size[0], output_size[1]}, "offset", "(K, 2, output height, output width)");
+  if (mask)
+    check_shape(*mask, {rois[0], 1, output_size[0], output_size[1]}, "mask", "(K, 1, output height, output width)");
+  return {input[0],       input[1],       input[2],       input[3],      rois[0],
+          output_size[0], output_size[1], sampling_ratio, spatial_scale, gamma};
+}
+
+// One axis of a RoI on the input map, in pixels: where its first bin starts, how long it and each bin are, and how many
+// samples a bin takes, at the centres of as many equal parts.
+template <class T>
+struct RoIAxis {
+  T start, length, bin;
+  T samples;
+};
+
+// `low` and `high` are the RoI's edges in image coordinates. An empty or non-finite RoI takes no adaptive samples.
+template <class T>
+DCN_INLINE RoIAxis<T> roi_axis(T low, T high, T spatial_scale, int64_t bins, int64_t sampling_ratio) {
+  const T start = low * spatial_scale - T(0.5);
+  const T length = (high * spatial_scale - T(0.5)) - start;
+  const T bin = length / T(bins);
+  T samples = sampling_ratio > 0 ? T(sampling_ratio) : std::ceil(bin);
+  // Above 2^24 a float no longer counts; RoIs that large would be mostly outside of any map.
+  if (!(samples > T(0))) samples = T(0);
+  if (samples > T(1 << 24)) samples = T(1 << 24);
+  return {start, length, bin, samples};
+}
+
+template <class T>
+DCN_INLINE T sample_position(const RoIAxis<T>& axis, int64_t bin, T shift, T index) {
+  return axis.start + shift + T(bin) * axis.bin + (index + T(0.5)) * axis.bin / axis.samples;
+}
+
+// The first and one past the last sample of a bin that may fall on the map, so that no loop runs over the rest of a huge
+// RoI. Samples just outside may be included.
+struct SampleRange {
+  int64_t begin, end;
+};
+
+template <class T>
+DCN_INLINE SampleRange samples_near_map(const RoIAxis<T>& axis, int64_t bin, T shift, int32_t size) {
+  const T step = axis.bin / axis.samples;
+  const T origin = sample_position(axis, bin, shift, T(0));
+  if (!(step != T(0))) return {0, static_cast<int64_t>(axis.samples)};
+  T first = (T(-1) - origin) / step, last = (T(size) - origin) / step;
+  if (first > last) {
+    const T swap = first;
+    first = last, last = swap;
+  }
+  first = first - T(1), last = last + T(2);
+  if (!(first > T(0))) first = T(0);
+  if (!(last < axis.samples)) last = axis.samples;
+  if (!(first < last)) return {0, 0};
+  return {static_cast<int64_t>(first), static_cast<int64_t>(last)};
+}
+
+}  // namespace dcn
