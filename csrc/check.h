@@ -19,7 +19,9 @@ inline std::string to_string(Sizes sizes) {
   return text.str();
 }
 
-inline std::string to_string(std::initializer_list<int64_t> sizes) { return to_string(Sizes(sizes.begin(), sizes.size())); }
+inline std::string to_string(std::initializer_list<int64_t> sizes) {
+  return to_string(Sizes(sizes.begin(), sizes.size()));
+}
 
 template <class... Parts>
 void check(bool condition, const Parts&... parts) {

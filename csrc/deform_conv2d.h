@@ -46,16 +46,16 @@ inline DeformConv2dShape make_deform_conv2d_shape(Sizes input, Sizes offset, Siz
   s.dilation_h = dilation[0], s.dilation_w = dilation[1];
   check(s.channels > 0 && s.height > 0 && s.width > 0, "input must have at least one channel and one pixel, got shape ",
         to_string(input));
-  check(s.height <= std::numeric_limits<int32_t>::max() / s.width, "input's maps must have less than 2^31 pixels, got shape ",
-        to_string(input));
+  check(s.height <= std::numeric_limits<int32_t>::max() / s.width,
+        "input's maps must have less than 2^31 pixels, got shape ", to_string(input));
   check(weight[0] > 0 && weight[1] > 0 && weight[2] > 0 && weight[3] > 0, "weight must not be empty, got shape ",
         to_string(weight));
 
   check(s.channels % weight[1] == 0, "input channels must be a multiple of weight's channels per group: input ",
         to_string(input), ", weight ", to_string(weight));
   s.groups = s.channels / weight[1];
-  check(s.out_channels % s.groups == 0, "weight's output channels must be divisible by groups = ", s.groups,
-        ": input ", to_string(input), ", weight ", to_string(weight));
+  check(s.out_channels % s.groups == 0, "weight's output channels must be divisible by groups = ", s.groups, ": input ",
+        to_string(input), ", weight ", to_string(weight));
 
   s.out_height = (s.height + 2 * s.pad_h - s.dilation_h * (s.kernel_h - 1) - 1) / s.stride_h + 1;
   s.out_width = (s.width + 2 * s.pad_w - s.dilation_w * (s.kernel_w - 1) - 1) / s.stride_w + 1;
@@ -65,8 +65,9 @@ inline DeformConv2dShape make_deform_conv2d_shape(Sizes input, Sizes offset, Siz
         ", padding ", to_string(padding), ", dilation ", to_string(dilation));
 
   const int64_t per_group = 2 * s.taps();
-  check(offset[1] > 0 && offset[1] % per_group == 0, "offset's channels must be a multiple of 2 * kh * kw = ", per_group,
-        ": offset ", to_string(offset), ", weight ", to_string(weight));
+  check(offset[1] > 0 && offset[1] % per_group == 0,
+        "offset's channels must be a multiple of 2 * kh * kw = ", per_group, ": offset ", to_string(offset),
+        ", weight ", to_string(weight));
   s.deform_groups = offset[1] / per_group;
   check(s.channels % s.deform_groups == 0, "input channels must be divisible by deform_groups = ", s.deform_groups,
         ": input ", to_string(input), ", offset ", to_string(offset));

@@ -66,8 +66,8 @@ DCN_INLINE T sample_position(const RoIAxis<T>& axis, int64_t bin, T shift, T ind
   return axis.start + shift + T(bin) * axis.bin + (index + T(0.5)) * axis.bin / axis.samples;
 }
 
-// The first and one past the last sample of a bin that may fall on the map, so that no loop runs over the rest of a huge
-// RoI. Samples just outside may be included.
+// The first and one past the last sample of a bin that may fall on the map, so that no loop runs over the rest of a
+// huge RoI. Samples just outside may be included.
 struct SampleRange {
   int64_t begin, end;
 };

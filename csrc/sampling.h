@@ -12,7 +12,8 @@
 namespace dcn {
 
 // One axis of a bilinear sample: value = (1 - frac) * map[low] + frac * map[high], and its derivative with respect to
-// the position is map[high] - map[low]. An index of -1 is a neighbour outside the map: it holds 0 and takes no gradient.
+// the position is map[high] - map[low]. An index of -1 is a neighbour outside the map: it holds 0 and takes no
+// gradient.
 template <class T>
 struct AxisSample {
   int32_t low, high;
@@ -40,8 +41,8 @@ DCN_INLINE AxisSample<T> locate_clamped(T position, int32_t size) {
   return {low, low + 1, position - T(low)};
 }
 
-// A sample of a map of `width` columns: its four pixels (top left, top right, bottom left, bottom right; row-major index,
-// -1 outside the map), their weights, and the fractions that the derivatives need.
+// A sample of a map of `width` columns: its four pixels (top left, top right, bottom left, bottom right; row-major
+// index, -1 outside the map), their weights, and the fractions that the derivatives need.
 template <class T>
 struct Sample {
   int32_t pixel[4];
@@ -49,15 +50,13 @@ struct Sample {
   T frac_y, frac_x;
 };
 
-DCN_INLINE int32_t pixel_index(int32_t y, int32_t x, int32_t width) {
-  return y < 0 || x < 0 ? -1 : y * width + x;
-}
+DCN_INLINE int32_t pixel_index(int32_t y, int32_t x, int32_t width) { return y < 0 || x < 0 ? -1 : y * width + x; }
 
 template <class T>
 DCN_INLINE Sample<T> make_sample(AxisSample<T> y, AxisSample<T> x, int32_t width) {
   const T top = T(1) - y.frac, left = T(1) - x.frac;
-  return {{pixel_index(y.low, x.low, width), pixel_index(y.low, x.high, width),
-           pixel_index(y.high, x.low, width), pixel_index(y.high, x.high, width)},
+  return {{pixel_index(y.low, x.low, width), pixel_index(y.low, x.high, width), pixel_index(y.high, x.low, width),
+           pixel_index(y.high, x.high, width)},
           {top * left, top * x.frac, y.frac * left, y.frac * x.frac},
           y.frac,
           x.frac};

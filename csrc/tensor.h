@@ -65,13 +65,11 @@ inline std::optional<Tensor> as(const std::optional<Tensor>& t, ScalarType type)
   return t ? std::optional<Tensor>(as(*t, type)) : std::nullopt;
 }
 
-inline Tensor empty(const Tensor& like, IntList size, ScalarType type,
-                    MemoryFormat format = MemoryFormat::Contiguous) {
+inline Tensor empty(const Tensor& like, IntList size, ScalarType type, MemoryFormat format = MemoryFormat::Contiguous) {
   return torch::stable::empty({size.data(), size.size()}, type, std::nullopt, like.device(), std::nullopt, format);
 }
 
-inline Tensor zeros(const Tensor& like, IntList size, ScalarType type,
-                    MemoryFormat format = MemoryFormat::Contiguous) {
+inline Tensor zeros(const Tensor& like, IntList size, ScalarType type, MemoryFormat format = MemoryFormat::Contiguous) {
   Tensor t = empty(like, std::move(size), type, format);
   return torch::stable::zero_(t);
 }

@@ -18,10 +18,10 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Below, why each number: measured on shapes of ResNet-50 (benchmarks/NOTES.md). Only shapes decide, never the number
 // of threads, so that results repeat.
-constexpr int64_t kSlabChannels = 64;      // a slab's columns of a tile fit in a 1 MiB second-level cache
-constexpr int64_t kForwardRows = 192;      // output positions a tile
-constexpr int64_t kBackwardRows = 96;      // as much memory: columns and their gradients
-constexpr int64_t kBackwardTasks = 8;      // wanted at least, where there are images to share out
+constexpr int64_t kSlabChannels = 64;  // a slab's columns of a tile fit in a 1 MiB second-level cache
+constexpr int64_t kForwardRows = 192;  // output positions a tile
+constexpr int64_t kBackwardRows = 96;  // as much memory: columns and their gradients
+constexpr int64_t kBackwardTasks = 8;  // wanted at least, where there are images to share out
 
 class OwnedPlan : public Plan {
  public:
@@ -35,7 +35,8 @@ class OwnedPlan : public Plan {
     group_out_channels = s.group_out_channels() * merged;
     out_panels = divide_up(group_out_channels, lanes);
 
-    const int64_t slab_channels = backward && s.batch * s.channels <= 2 * kSlabChannels ? kSlabChannels / 2 : kSlabChannels;
+    const int64_t slab_channels =
+        backward && s.batch * s.channels <= 2 * kSlabChannels ? kSlabChannels / 2 : kSlabChannels;
     max_padded = packed_weight = 0;
     for (int64_t c = 0; c < s.channels; c += storage_.back().width) {
       const int64_t group = c / group_channels, deform_group = c / s.deform_group_channels();
@@ -80,8 +81,8 @@ void run_forward(const Plan& plan, const DeformConv2dKernels<T>& kernels, const 
   torch::stable::parallel_for(0, plan.slab_count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) kernels.pack_weight(plan, i, data<T>(weight), data<T>(packed));
   });
-  const ConvForward<T> args{plan,           data<T>(input), data<T>(offset), data<T>(mask),
-                            data<T>(packed), data<T>(bias),  data<T>(output), channels_last};
+  const ConvForward<T> args{plan,          data<T>(input),  data<T>(offset), data<T>(mask), data<T>(packed),
+                            data<T>(bias), data<T>(output), channels_last};
   parallel_tasks(plan.shape.batch * plan.tiles, kernels.scratch_bytes(plan, false),
                  [&](int64_t tile, void* scratch) { kernels.forward(args, tile, scratch); });
 }
@@ -158,8 +159,7 @@ void run_backward(const Plan& plan, const DeformConv2dKernels<T>& kernels, const
                  [&](int64_t task, void* scratch) {
                    kernels.backward(args, task % plan.slab_count, task / plan.slab_count, scratch);
                  });
-  if (need_columns)
-    reduce_sampling(plan, data<T>(shares), data<T>(grad.offset), mask ? data<T>(grad.mask) : nullptr);
+  if (need_columns) reduce_sampling(plan, data<T>(shares), data<T>(grad.offset), mask ? data<T>(grad.mask) : nullptr);
   if (need_weight)
     torch::stable::parallel_for(0, plan.slab_count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)

@@ -1,10 +1,11 @@
 // How the CPU cuts a deformable convolution into work, shared by the driver (cpu/deform_conv2d.cpp) and the kernels
 // (cpu/simd/deform_conv2d.cpp).
 //
-// The column matrix is never whole. Channels are cut into slabs, output positions into tiles; a tile's samples of one slab
-// are gathered into a small buffer that stays in the second-level cache and is multiplied at once.
+// The column matrix is never whole. Channels are cut into slabs, output positions into tiles; a tile's samples of one
+// slab are gathered into a small buffer that stays in the second-level cache and is multiplied at once.
 //   forward   one task per tile: out[tile] = sum over slabs of columns[tile, slab] * weight[slab]
-//   backward  one task per slab and group of images. A slab owns its channels of grad_input and grad_weight outright, so
+//   backward  one task per slab and group of images. A slab owns its channels of grad_input and grad_weight outright,
+//   so
 //             no two tasks write to one place, nothing is atomic, and the result does not depend on the thread count.
 // Images are read channels last, so that the gathers and scatters are over whole vectors of neighbouring channels.
 #pragma once
@@ -58,14 +59,14 @@ struct ConvForward {
 template <class T>
 struct ConvBackward {
   const Plan& plan;
-  const T* grad_output;    // (N, Ho * Wo, Co)
-  const T* input;          // as above
+  const T* grad_output;  // (N, Ho * Wo, Co)
+  const T* input;        // as above
   const T* offset;
   const T* mask;
   const T* packed_weight;  // by pack_weight_transposed; null if neither grad_input nor grad_sampling is needed
   T* grad_input;           // (N, H, W, C), zero on entry; null with packed_weight
-  T* grad_sampling;        // (slabs, N, 3 * taps, Ho * Wo): each slab's share of d/dy, d/dx, d/dmask; null with the above
-  T* grad_weight;          // (image_groups, packed_weight), zero on entry, or null
+  T* grad_sampling;  // (slabs, N, 3 * taps, Ho * Wo): each slab's share of d/dy, d/dx, d/dmask; null with the above
+  T* grad_weight;    // (image_groups, packed_weight), zero on entry, or null
 };
 
 // One of these for each instruction set.

@@ -46,7 +46,7 @@ Tensor forward(const Tensor& input, const Tensor& rois, const std::optional<Tens
       const auto offsets = as(offset, type), masks = as(mask, type);
       check_batch_indices(shape, data<T>(boxes));
       const auto& kernels = select_deform_roi_align_kernels<T>();
-      const RoIForward<T> args{shape,         data<T>(map),    data<T>(boxes), data<T>(offsets),
+      const RoIForward<T> args{shape,          data<T>(map),    data<T>(boxes), data<T>(offsets),
                                data<T>(masks), data<T>(output), channels_last};
       parallel_tasks(shape.rois, kernels.scratch_bytes(shape),
                      [&](int64_t roi, void* scratch) { kernels.forward(args, roi, scratch); });
@@ -96,11 +96,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
       const auto& kernels = select_deform_roi_align_kernels<T>();
       const int64_t slabs = (shape.channels + kRoISlabChannels - 1) / kRoISlabChannels;
       const Tensor shares = empty(input, {slabs * shape.rois * 3 * shape.bins()}, type);
-      const RoIBackward<T> args{shape,           data<T>(grad),  data<T>(map),        data<T>(boxes),
-                                data<T>(offsets), data<T>(masks), data<T>(grad_input), data<T>(shares)};
-      parallel_tasks(slabs * shape.batch, kernels.scratch_bytes(shape), [&](int64_t task, void* scratch) {
-        kernels.backward(args, task % slabs, task / slabs, scratch);
-      });
+      const RoIBackward<T> args{shape,          data<T>(grad),       data<T>(map),   data<T>(boxes), data<T>(offsets),
+                                data<T>(masks), data<T>(grad_input), data<T>(shares)};
+      parallel_tasks(slabs * shape.batch, kernels.scratch_bytes(shape),
+                     [&](int64_t task, void* scratch) { kernels.backward(args, task % slabs, task / slabs, scratch); });
       if (need_sampling)
         reduce_sampling(shape, slabs, data<T>(shares), offset ? data<T>(grad_offset) : nullptr,
                         mask ? data<T>(grad_mask) : nullptr);

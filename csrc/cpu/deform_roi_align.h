@@ -4,7 +4,8 @@
 // A bin's samples form a grid, and so do their bilinear weights: the bin is a sum over few pixels of
 // weight_y[row] * weight_x[column] * map[row, column], each pixel being read once however many samples touch it.
 //   forward   one task per RoI
-//   backward  one task per slab of channels and image. It owns its part of grad_input, so nothing is atomic and the result
+//   backward  one task per slab of channels and image. It owns its part of grad_input, so nothing is atomic and the
+//   result
 //             does not depend on the thread count.
 #pragma once
 #include "../deform_roi_align.h"

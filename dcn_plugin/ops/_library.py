@@ -89,4 +89,3 @@ def memory_format_of(tensor: torch.Tensor) -> torch.memory_format:
     if c == 1 and channels > 1 and w >= channels and h >= w * width:
         return torch.channels_last
     return torch.contiguous_format
-

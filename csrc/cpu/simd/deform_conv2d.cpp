@@ -21,12 +21,12 @@ struct Scratch {
     }
     bytes = arena.used();
   }
-  Tap<T>* table;         // (taps, rows) of one deform group
-  T* columns;            // panels: rows x (taps * padded channels of a slab)
-  T* out;                // panels: rows x output channels of a group
-  T* zeros;              // what the map holds outside its borders
+  Tap<T>* table;  // (taps, rows) of one deform group
+  T* columns;     // panels: rows x (taps * padded channels of a slab)
+  T* out;         // panels: rows x output channels of a group
+  T* zeros;       // what the map holds outside its borders
   T* grad_columns = nullptr;
-  T* unused = nullptr;   // where gradients of pixels outside the borders go
+  T* unused = nullptr;  // where gradients of pixels outside the borders go
   int64_t bytes;
 };
 
@@ -37,8 +37,8 @@ int64_t scratch_bytes(const Plan& plan, bool backward) {
 
 // Fills table (taps, padded_rows) for output positions [first, first + rows); rows past them sample nothing.
 template <class T>
-void locate(const DeformConv2dShape& s, const T* offset, const T* mask, int64_t image, int64_t deform_group, int64_t first,
-            int64_t rows, int64_t padded_rows, Tap<T>* table) {
+void locate(const DeformConv2dShape& s, const T* offset, const T* mask, int64_t image, int64_t deform_group,
+            int64_t first, int64_t rows, int64_t padded_rows, Tap<T>* table) {
   const int64_t positions = s.positions(), taps = s.taps();
   const int64_t group = image * s.deform_groups + deform_group;
   for (int64_t tap = 0; tap < taps; ++tap, table += padded_rows) {
@@ -246,8 +246,8 @@ void backward(const ConvBackward<T>& args, int64_t slab_index, int64_t image_gro
       load_grad_output(args, slab.group, image, first, rows, padded_rows, grad_out);
       if (args.packed_weight) {
         multiply<T>({scratch.grad_columns, padded_rows}, {grad_out.data, padded_rows},
-                    {args.packed_weight + slab.weights, plan.out_panels * L}, padded_rows, plan.out_panels * L, depth / L,
-                    false);
+                    {args.packed_weight + slab.weights, plan.out_panels * L}, padded_rows, plan.out_panels * L,
+                    depth / L, false);
         scatter(plan, slab, scratch.table, args.input + pixels, args.grad_input + pixels, scratch.zeros, scratch.unused,
                 rows, padded_rows, scratch.grad_columns, scratch.columns,
                 args.grad_sampling + (slab_index * s.batch + image) * 3 * taps * s.positions() + first);
@@ -276,7 +276,8 @@ inline void for_each_weight(const Plan& plan, const Slab& slab, T* weight, Visit
   for (int64_t o = 0; o < plan.out_panels * kLanes<T>; ++o)
     for (int64_t c = 0; c < slab.padded; ++c) {
       const bool inside = o < plan.group_out_channels && c < slab.width;
-      visit(inside ? weight_at(plan, weight, slab.group * plan.group_out_channels + o, slab.channel + c) : nullptr, c, o);
+      visit(inside ? weight_at(plan, weight, slab.group * plan.group_out_channels + o, slab.channel + c) : nullptr, c,
+            o);
     }
 }
 
@@ -326,7 +327,7 @@ void unpack_grad_weight(const Plan& plan, int64_t index, const T* packed, T* gra
 
 template <class T>
 DeformConv2dKernels<T> deform_conv2d_kernels() {
-  return {kLanes<T>,      kRowBlock,  scratch_bytes<T>, pack_weight<T>, pack_weight_transposed<T>, unpack_grad_weight<T>,
+  return {kLanes<T>,  kRowBlock,  scratch_bytes<T>, pack_weight<T>, pack_weight_transposed<T>, unpack_grad_weight<T>,
           forward<T>, backward<T>};
 }
 template DeformConv2dKernels<float> deform_conv2d_kernels();

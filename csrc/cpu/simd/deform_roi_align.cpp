@@ -12,8 +12,8 @@ namespace {
 // One axis of a bin's samples, added up per pixel of that axis.
 template <class T>
 struct AxisWeights {
-  T* weight;             // by pixel; valid in [begin, end)
-  T* slope;              // its derivative with respect to a common shift of the samples
+  T* weight;  // by pixel; valid in [begin, end)
+  T* slope;   // its derivative with respect to a common shift of the samples
   int32_t begin, end;
 };
 
@@ -143,8 +143,10 @@ void backward(const RoIBackward<T>& args, int64_t slab, int64_t image, void* mem
     if (roi.image != image) continue;
     T* grad_sampling = args.grad_sampling + (slab * s.rois + index) * 3 * s.bins();
     for (int64_t bin = 0; bin < s.bins(); ++bin) {
-      const auto y = weigh(roi.y, bin / s.out_width, roi.shift_y(bin), static_cast<int32_t>(s.height), scratch.y_storage);
-      const auto x = weigh(roi.x, bin % s.out_width, roi.shift_x(bin), static_cast<int32_t>(s.width), scratch.x_storage);
+      const auto y =
+          weigh(roi.y, bin / s.out_width, roi.shift_y(bin), static_cast<int32_t>(s.height), scratch.y_storage);
+      const auto x =
+          weigh(roi.x, bin % s.out_width, roi.shift_x(bin), static_cast<int32_t>(s.width), scratch.x_storage);
       const T mask = roi.mask_of(bin);
       const T* grad = args.grad_output + (index * s.bins() + bin) * s.channels + channel;
       T sum_y = T(0), sum_x = T(0), sum_mask = T(0);

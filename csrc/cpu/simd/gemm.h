@@ -55,11 +55,11 @@ static void multiply(Panels<T> c, Panels<const T> a, Panels<const T> b, int64_t 
   for (int64_t n = 0; n < columns; n += 2) {
     for (int64_t r = 0; r < rows; r += kRowBlock) {
       if (n + 1 < columns)
-        multiply_block<T, 2>(a.data + r * L, a.rows * L, b.panel(n), b.rows * L, c.panel(n) + r * L, c.rows * L,
-                             depth, accumulate);
+        multiply_block<T, 2>(a.data + r * L, a.rows * L, b.panel(n), b.rows * L, c.panel(n) + r * L, c.rows * L, depth,
+                             accumulate);
       else
-        multiply_block<T, 1>(a.data + r * L, a.rows * L, b.panel(n), b.rows * L, c.panel(n) + r * L, c.rows * L,
-                             depth, accumulate);
+        multiply_block<T, 1>(a.data + r * L, a.rows * L, b.panel(n), b.rows * L, c.panel(n) + r * L, c.rows * L, depth,
+                             accumulate);
     }
   }
 }
