@@ -19,7 +19,7 @@ def _load() -> None:
     except OSError as error:
         raise ImportError(
             f"dcn_plugin's compiled operators do not load on PyTorch {torch.__version__} (they need 2.10 or later): "
-            "rebuild them with `pip install --no-build-isolation --force-reinstall --no-deps .` in the project's folder."
+            "rebuild them with `pip install --no-build-isolation --no-deps --force-reinstall .` in its folder."
         ) from error
 
 

@@ -37,8 +37,8 @@ def deform_conv2d(
         weight: (Co, C / groups, kh, kw); ``groups`` follows from the shape.
         bias: (Co,) or None.
         stride, padding, dilation: int or (vertical, horizontal), as in :func:`torch.nn.functional.conv2d`.
-        mask: (N, deform_groups * kh * kw, Ho, Wo) or None, multiplies the samples. It is used as it is: a sigmoid, where
-            one is wanted, is the caller's.
+        mask: (N, deform_groups * kh * kw, Ho, Wo) or None, multiplies the samples. It is used as it is: a sigmoid,
+            where one is wanted, is the caller's.
 
     Returns:
         (N, Co, Ho, Wo), in input's dtype.

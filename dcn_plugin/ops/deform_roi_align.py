@@ -23,11 +23,11 @@ def deform_roi_align(
                     x(p_{ij} + p + \gamma \cdot \Delta p_k(i, j) \circ (w_k, h_k))
 
     for RoI k and bin (i, j), S being the bin's regular grid of sample points: equations 5 and 6 of `Deformable
-    Convolutional Networks <https://arxiv.org/abs/1703.06211>`_ with RoI align's bilinear sampling in place of rounding, as
-    mmcv's DeformRoIPool; the mask is that of `Deformable ConvNets v2 <https://arxiv.org/abs/1811.11168>`_.
+    Convolutional Networks <https://arxiv.org/abs/1703.06211>`_ with RoI align's bilinear sampling in place of
+    rounding, as mmcv's DeformRoIPool; the mask is that of `Deformable ConvNets v2 <https://arxiv.org/abs/1811.11168>`_.
 
-    A RoI covers x1 * spatial_scale - 0.5 to x2 * spatial_scale - 0.5 pixels of the map, unrounded and unclamped. Samples
-    outside [-1, H] x [-1, W] are 0; between there and the border they take the border's value.
+    A RoI covers x1 * spatial_scale - 0.5 to x2 * spatial_scale - 0.5 pixels of the map, unrounded and unclamped.
+    Samples outside [-1, H] x [-1, W] are 0; between there and the border they take the border's value.
 
     Args:
         input: (N, C, H, W), float32, float64, float16 or bfloat16. The output has its memory format.
