@@ -7,26 +7,30 @@ namespace dcn::cpu {
 namespace DCN_ISA {
 namespace {
 
+// Buffers of a task; tiles have whole blocks of kRowBlock rows, and the rows past the last position sample nothing.
 template <class T>
 struct Scratch {
-  explicit Scratch(const Plan& plan, bool backward, Arena arena) {
+  Scratch(const Plan& plan, bool backward, Arena arena) {
     const int64_t rows = plan.tile_rows, taps = plan.shape.taps();
-    table = arena.take<Tap<T>>(taps * rows);
-    columns = arena.take<T>(taps * plan.max_padded * rows);
-    out = arena.take<T>(plan.out_panels * kLanes<T> * rows);
+    table = arena.take<Tap<T>>(rows * taps);
+    columns = arena.take<T>(rows * taps * plan.max_padded);
+    out = arena.take<T>(rows * plan.out_panels * kLanes<T>);
     zeros = arena.take<T>(plan.max_padded);
     if (backward) {
-      grad_columns = arena.take<T>(taps * plan.max_padded * rows);
+      grad_columns = arena.take<T>(rows * taps * plan.max_padded);
       unused = arena.take<T>(plan.max_padded);
     }
     bytes = arena.used();
+    if (!zeros) return;
+    std::fill_n(zeros, plan.max_padded, T(0));
+    if (backward) std::fill_n(unused, plan.max_padded, T(0));
   }
-  Tap<T>* table;  // (taps, rows) of one deform group
-  T* columns;     // panels: rows x (taps * padded channels of a slab)
-  T* out;         // panels: rows x output channels of a group
-  T* zeros;       // what the map holds outside its borders
-  T* grad_columns = nullptr;
-  T* unused = nullptr;  // where gradients of pixels outside the borders go
+  Tap<T>* table;              // (blocks, taps, kRowBlock) of one deform group
+  T* columns;                 // blocks: rows x (taps * padded channels of a slab)
+  T* out;                     // blocks: rows x output channels of a group, or their gradient
+  T* zeros;                   // what the map holds outside its borders
+  T* grad_columns = nullptr;  // as columns
+  T* unused = nullptr;        // where gradients of pixels outside the borders go
   int64_t bytes;
 };
 
@@ -35,193 +39,195 @@ int64_t scratch_bytes(const Plan& plan, bool backward) {
   return Scratch<T>(plan, backward, Arena(nullptr)).bytes;
 }
 
-// Fills table (taps, padded_rows) for output positions [first, first + rows); rows past them sample nothing.
+int64_t blocks_of(int64_t rows) { return (rows + kRowBlock - 1) / kRowBlock; }
+
+// Output positions [first, first + rows) of an image.
+struct Tile {
+  int64_t image, first, rows;
+};
+
 template <class T>
-void locate(const DeformConv2dShape& s, const T* offset, const T* mask, int64_t image, int64_t deform_group,
-            int64_t first, int64_t rows, int64_t padded_rows, Tap<T>* table) {
+void locate(const DeformConv2dShape& s, const T* offset, const T* mask, int64_t deform_group, Tile tile,
+            Tap<T>* table) {
   const int64_t positions = s.positions(), taps = s.taps();
-  const int64_t group = image * s.deform_groups + deform_group;
-  for (int64_t tap = 0; tap < taps; ++tap, table += padded_rows) {
-    const T* dy = offset + (group * taps + tap) * 2 * positions + first;
+  const int64_t group = tile.image * s.deform_groups + deform_group;
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    const T* dy = offset + (group * taps + tap) * 2 * positions + tile.first;
     const T* dx = dy + positions;
-    const T* m = mask ? mask + (group * taps + tap) * positions + first : nullptr;
+    const T* m = mask ? mask + (group * taps + tap) * positions + tile.first : nullptr;
     const int64_t tap_y = tap / s.kernel_w * s.dilation_h - s.pad_h, tap_x = tap % s.kernel_w * s.dilation_w - s.pad_w;
-    int64_t y = first / s.out_width, x = first % s.out_width;
-    for (int64_t r = 0; r < rows; ++r) {
+    int64_t y = tile.first / s.out_width, x = tile.first % s.out_width;
+    for (int64_t r = 0; r < blocks_of(tile.rows) * kRowBlock; ++r) {
+      Tap<T>& to = table[(r / kRowBlock * taps + tap) * kRowBlock + r % kRowBlock];
+      if (r >= tile.rows) {
+        to = {{{-1, -1, -1, -1}, {}, T(0), T(0)}, T(0)};
+        continue;
+      }
       const T sample_y = static_cast<T>(y * s.stride_h + tap_y) + dy[r];
       const T sample_x = static_cast<T>(x * s.stride_w + tap_x) + dx[r];
       const auto axis_y = locate_zero_padded(sample_y, static_cast<int32_t>(s.height));
       const auto axis_x = locate_zero_padded(sample_x, static_cast<int32_t>(s.width));
-      table[r] = {make_sample(axis_y, axis_x, static_cast<int32_t>(s.width)), m ? m[r] : T(1)};
+      to = {make_sample(axis_y, axis_x, static_cast<int32_t>(s.width)), m ? m[r] : T(1)};
       if (++x == s.out_width) x = 0, ++y;
     }
-    for (int64_t r = rows; r < padded_rows; ++r) table[r] = {{{-1, -1, -1, -1}, {}, T(0), T(0)}, T(0)};
   }
+}
+
+// Calls visit(sample, row of the tile, tap, first vector of its columns) for a tile's samples: block by block, since
+// neighbouring positions with all their taps read the same few pixels and write one block, both in the first-level
+// cache.
+template <class T, class Visit>
+inline void for_each_sample(const Tap<T>* table, int64_t rows, int64_t taps, int64_t panels, Visit visit) {
+  constexpr int L = kLanes<T>;
+  for (int64_t block = 0; block < blocks_of(rows); ++block)
+    for (int64_t tap = 0; tap < taps; ++tap)
+      for (int64_t r = 0; r < kRowBlock; ++r, ++table)
+        visit(*table, block * kRowBlock + r, tap, (((block * taps + tap) * panels) * kRowBlock + r) * L);
 }
 
 template <class T>
 struct Corners {
   const T* value[4];
+  T weight[4];
 };
 
+// The sample's pixels, whose first channels are at image + pixel * channels, and their weights times the mask.
 template <class T>
 inline Corners<T> corners(const Tap<T>& tap, const T* image, int64_t channels, const T* outside) {
   Corners<T> c;
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) c.value[i] = tap.pixel[i] < 0 ? outside : image + tap.pixel[i] * channels;
+  for (int i = 0; i < 4; ++i) {
+    c.value[i] = tap.pixel[i] < 0 ? outside : image + tap.pixel[i] * channels;
+    c.weight[i] = tap.weight[i] * tap.mask;
+  }
   return c;
+}
+
+// Writes `Vectors` vectors of a bilinear sample to consecutive panels.
+template <class T, int Vectors>
+inline void interpolate(const Corners<T>& from, int64_t channel, int64_t count, T* to) {
+  constexpr int L = kLanes<T>;
+  Vec<T> value[Vectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < Vectors; ++v) value[v] = from.weight[0] * load(from.value[0] + channel + v * L, count);
+#pragma GCC unroll 4
+  for (int i = 1; i < 4; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) value[v] += from.weight[i] * load(from.value[i] + channel + v * L, count);
+#pragma GCC unroll 4
+  for (int v = 0; v < Vectors; ++v) store(to + v * kRowBlock * L, value[v]);
 }
 
 // columns[row, tap, channel] = mask * bilinear sample, for a slab's channels; `image` points at its first channel.
 template <class T>
-void gather(const Plan& plan, const Slab& slab, const Tap<T>* table, const T* image, const T* zeros, int64_t rows,
-            T* columns) {
+void gather(const Plan& plan, const Slab& slab, const T* image, int64_t rows, const Scratch<T>& scratch) {
   constexpr int L = kLanes<T>;
-  const int64_t taps = plan.shape.taps(), whole = slab.width / L, rest = slab.width % L;
-  for (int64_t tap = 0; tap < taps; ++tap) {
-    for (int64_t r = 0; r < rows; ++r, ++table) {
-      const auto from = corners(*table, image, plan.shape.channels, zeros);
-      T* to = columns + (tap * (slab.padded / L) * rows + r) * L;
-      const T w0 = table->weight[0] * table->mask, w1 = table->weight[1] * table->mask;
-      const T w2 = table->weight[2] * table->mask, w3 = table->weight[3] * table->mask;
-      for (int64_t v = 0; v < whole; ++v, to += rows * L) {
-        const int64_t c = v * L;
-        store(to, w0 * load(from.value[0] + c) + w1 * load(from.value[1] + c) + w2 * load(from.value[2] + c) +
-                      w3 * load(from.value[3] + c));
-      }
-      if (rest) {
-        const int64_t c = whole * L;
-        store(to, w0 * load_first(from.value[0] + c, rest) + w1 * load_first(from.value[1] + c, rest) +
-                      w2 * load_first(from.value[2] + c, rest) + w3 * load_first(from.value[3] + c, rest));
-      }
-    }
-  }
+  for_each_sample(scratch.table, rows, plan.shape.taps(), slab.padded / L,
+                  [&](const Tap<T>& tap, int64_t, int64_t, int64_t start) {
+                    const auto from = corners(tap, image, plan.shape.channels, scratch.zeros);
+                    T* to = scratch.columns + start;
+                    int64_t c = 0;
+                    for (; c + 4 * L <= slab.width; c += 4 * L) interpolate<T, 4>(from, c, L, to + c * kRowBlock);
+                    for (; c + L <= slab.width; c += L) interpolate<T, 1>(from, c, L, to + c * kRowBlock);
+                    if (c < slab.width) interpolate<T, 1>(from, c, slab.width - c, to + c * kRowBlock);
+                  });
 }
 
-// Sends grad_columns back through the samples: adds to grad_image, writes the slab's grad_sampling of `rows` positions,
-// and gathers columns on the way, since every value is at hand.
+// Sends grad_columns back through the samples: adds to grad_image, writes the slab's grad_sampling, and gathers columns
+// on the way, since every value is at hand.
 template <class T>
-void scatter(const Plan& plan, const Slab& slab, const Tap<T>* table, const T* image, T* grad_image, const T* zeros,
-             T* unused, int64_t rows, int64_t padded_rows, const T* grad_columns, T* columns, T* grad_sampling) {
+void scatter(const Plan& plan, const Slab& slab, const T* image, T* grad_image, int64_t rows, const Scratch<T>& scratch,
+             T* grad_sampling) {
   constexpr int L = kLanes<T>;
-  const int64_t taps = plan.shape.taps(), positions = plan.shape.positions(), channels = plan.shape.channels;
-  const int64_t whole = slab.width / L, rest = slab.width % L;
-  for (int64_t tap = 0; tap < taps; ++tap) {
-    for (int64_t r = 0; r < rows; ++r) {
-      const Tap<T>& at = table[tap * padded_rows + r];
-      const auto from = corners(at, image, channels, zeros);
-      T* to[4];
-      T weight[4];
+  const int64_t positions = plan.shape.positions(), channels = plan.shape.channels;
+  for_each_sample(scratch.table, rows, plan.shape.taps(), slab.padded / L,
+                  [&](const Tap<T>& tap, int64_t row, int64_t tap_index, int64_t start) {
+                    const auto from = corners(tap, image, channels, scratch.zeros);
+                    T* to[4];
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        to[i] = at.pixel[i] < 0 ? unused : grad_image + at.pixel[i] * channels;
-        weight[i] = at.weight[i] * at.mask;
-      }
-      Vec<T> dots[4] = {};  // of the gradient with each corner's values
-      const int64_t start = (tap * (slab.padded / L) * padded_rows + r) * L;
-      for (int64_t v = 0; v < whole; ++v) {
-        const int64_t c = v * L, at_panel = start + v * padded_rows * L;
-        const Vec<T> grad = load(grad_columns + at_panel);
-        Vec<T> value = {};
+                    for (int i = 0; i < 4; ++i)
+                      to[i] = tap.pixel[i] < 0 ? scratch.unused : grad_image + tap.pixel[i] * channels;
+                    Vec<T> dots[4] = {};  // of the gradient with each corner's values
+                    for_each_vector<T>(slab.width, [&](int64_t v, int64_t count) {
+                      const int64_t at = start + v * kRowBlock * L;
+                      const Vec<T> grad = load(scratch.grad_columns + at);
+                      Vec<T> value = {};
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          const Vec<T> corner = load(from.value[i] + c);
-          dots[i] += grad * corner;
-          value += weight[i] * corner;
-          store(to[i] + c, load(to[i] + c) + weight[i] * grad);
-        }
-        store(columns + at_panel, value);
-      }
-      if (rest) {
-        const int64_t c = whole * L, at_panel = start + whole * padded_rows * L;
-        const Vec<T> grad = load(grad_columns + at_panel);
-        Vec<T> value = {};
-        for (int i = 0; i < 4; ++i) {
-          const Vec<T> corner = load_first(from.value[i] + c, rest);
-          dots[i] += grad * corner;
-          value += weight[i] * corner;
-          store_first(to[i] + c, load_first(to[i] + c, rest) + weight[i] * grad, rest);
-        }
-        store(columns + at_panel, value);
-      }
-      const T dot[4] = {sum<T>(dots[0]), sum<T>(dots[1]), sum<T>(dots[2]), sum<T>(dots[3])};
-      T* grad = grad_sampling + tap * 3 * positions + r;
-      grad[0] = at.mask * derivative_y(at, dot);
-      grad[positions] = at.mask * derivative_x(at, dot);
-      grad[2 * positions] =
-          at.weight[0] * dot[0] + at.weight[1] * dot[1] + at.weight[2] * dot[2] + at.weight[3] * dot[3];
-    }
-  }
+                      for (int i = 0; i < 4; ++i) {
+                        const Vec<T> corner = load(from.value[i] + v * L, count);
+                        dots[i] += grad * corner;
+                        value += from.weight[i] * corner;
+                        store(to[i] + v * L, load(to[i] + v * L, count) + from.weight[i] * grad, count);
+                      }
+                      store(scratch.columns + at, value);
+                    });
+                    if (row >= rows) return;
+                    const T dot[4] = {sum<T>(dots[0]), sum<T>(dots[1]), sum<T>(dots[2]), sum<T>(dots[3])};
+                    T* grad = grad_sampling + tap_index * 3 * positions + row;
+                    grad[0] = tap.mask * derivative_y(tap, dot);
+                    grad[positions] = tap.mask * derivative_x(tap, dot);
+                    grad[2 * positions] = tap.weight[0] * dot[0] + tap.weight[1] * dot[1] + tap.weight[2] * dot[2] +
+                                          tap.weight[3] * dot[3];
+                  });
 }
 
 template <class T>
-void store_output(const ConvForward<T>& args, int64_t group, int64_t image, int64_t first, int64_t rows,
-                  Panels<const T> out) {
+void store_output(const ConvForward<T>& args, int64_t group, Tile tile, Blocks<const T> out) {
   constexpr int L = kLanes<T>;
-  const Plan& plan = args.plan;
-  const int64_t positions = plan.shape.positions(), out_channels = plan.shape.out_channels;
-  for (int64_t p = 0; p < plan.out_panels; ++p) {
-    const int64_t channel = group * plan.group_out_channels + p * L;
-    const int64_t count = std::min<int64_t>(L, plan.group_out_channels - p * L);
-    const T* panel = out.panel(p);
-    const Vec<T> bias = args.bias ? load_first(args.bias + channel, count) : Vec<T>{};
-    if (args.channels_last) {
-      T* to = args.output + (image * positions + first) * out_channels + channel;
-      for (int64_t r = 0; r < rows; ++r, to += out_channels, panel += L) {
-        if (count == L)
-          store(to, load(panel) + bias);
-        else
-          store_first(to, load(panel) + bias, count);
-      }
-    } else {
-      for (int64_t lane = 0; lane < count; ++lane) {
-        T* to = args.output + (image * out_channels + channel + lane) * positions + first;
-        for (int64_t r = 0; r < rows; ++r) to[r] = panel[r * L + lane] + bias[lane];
+  const int64_t positions = args.plan.shape.positions(), out_channels = args.plan.shape.out_channels;
+  const int64_t group_channel = group * args.plan.group_out_channels;
+  for_each_vector<T>(args.plan.group_out_channels, [&](int64_t v, int64_t count) {
+    const int64_t channel = group_channel + v * L;
+    const Vec<T> bias = args.bias ? load(args.bias + channel, count) : Vec<T>{};
+    for (int64_t block = 0; block < blocks_of(tile.rows); ++block) {
+      const T* from = out.panel(block, v);
+      const int64_t position = tile.first + block * kRowBlock;
+      const int64_t rows = std::min<int64_t>(kRowBlock, tile.first + tile.rows - position);
+      if (args.channels_last) {
+        T* to = args.output + (tile.image * positions + position) * out_channels + channel;
+        for (int64_t r = 0; r < rows; ++r) store(to + r * out_channels, load(from + r * L) + bias, count);
+      } else {
+        T* to = args.output + (tile.image * out_channels + channel) * positions + position;
+        for (int64_t lane = 0; lane < count; ++lane)
+          for (int64_t r = 0; r < rows; ++r) to[lane * positions + r] = from[r * L + lane] + bias[lane];
       }
     }
-  }
+  });
 }
 
 template <class T>
-void load_grad_output(const ConvBackward<T>& args, int64_t group, int64_t image, int64_t first, int64_t rows,
-                      int64_t padded_rows, Panels<T> out) {
+void load_grad_output(const ConvBackward<T>& args, int64_t group, Tile tile, Blocks<T> out) {
   constexpr int L = kLanes<T>;
-  const Plan& plan = args.plan;
-  const int64_t out_channels = plan.shape.out_channels;
-  for (int64_t p = 0; p < plan.out_panels; ++p) {
-    const int64_t count = std::min<int64_t>(L, plan.group_out_channels - p * L);
-    const T* from = args.grad_output + (image * plan.shape.positions() + first) * out_channels +
-                    group * plan.group_out_channels + p * L;
-    T* panel = out.panel(p);
-    for (int64_t r = 0; r < padded_rows; ++r, panel += L, from += out_channels)
-      store(panel, r >= rows ? Vec<T>{} : count == L ? load(from) : load_first(from, count));
-  }
+  const int64_t positions = args.plan.shape.positions(), out_channels = args.plan.shape.out_channels;
+  const T* from =
+      args.grad_output + (tile.image * positions + tile.first) * out_channels + group * args.plan.group_out_channels;
+  for_each_vector<T>(args.plan.group_out_channels, [&](int64_t v, int64_t count) {
+    for (int64_t r = 0; r < blocks_of(tile.rows) * kRowBlock; ++r)
+      store(out.panel(r / kRowBlock, v) + r % kRowBlock * L,
+            r < tile.rows ? load(from + r * out_channels + v * L, count) : Vec<T>{});
+  });
 }
 
 template <class T>
-void forward(const ConvForward<T>& args, int64_t tile, void* memory) {
+void forward(const ConvForward<T>& args, int64_t index, void* memory) {
+  constexpr int L = kLanes<T>;
   const Plan& plan = args.plan;
   const DeformConv2dShape& s = plan.shape;
-  Scratch<T> scratch(plan, false, Arena(memory));
-  std::fill_n(scratch.zeros, plan.max_padded, T(0));
-  const int64_t image = tile / plan.tiles, first = tile % plan.tiles * plan.tile_rows;
-  const int64_t rows = std::min(plan.tile_rows, s.positions() - first);
-  const int64_t padded_rows = (rows + kRowBlock - 1) / kRowBlock * kRowBlock;
-  const Panels<T> out{scratch.out, padded_rows};
-
+  const Scratch<T> scratch(plan, false, Arena(memory));
+  const int64_t first = index % plan.tiles * plan.tile_rows;
+  const Tile tile{index / plan.tiles, first, std::min(plan.tile_rows, s.positions() - first)};
   int64_t located = -1;
   for (int64_t i = 0; i < plan.slab_count; ++i) {
     const Slab& slab = plan.slabs[i];
     if (slab.deform_group != located)
-      locate(s, args.offset, args.mask, image, located = slab.deform_group, first, rows, padded_rows, scratch.table);
-    const T* channels = args.input + image * s.height * s.width * s.channels + slab.channel;
-    gather(plan, slab, scratch.table, channels, scratch.zeros, padded_rows, scratch.columns);
+      locate(s, args.offset, args.mask, located = slab.deform_group, tile, scratch.table);
+    gather(plan, slab, args.input + tile.image * s.height * s.width * s.channels + slab.channel, tile.rows, scratch);
     const bool begins_group = i == 0 || plan.slabs[i - 1].group != slab.group;
     const bool ends_group = i + 1 == plan.slab_count || plan.slabs[i + 1].group != slab.group;
     const int64_t depth = s.taps() * slab.padded;
-    multiply<T>(out, {scratch.columns, padded_rows}, {args.packed_weight + slab.weights, depth}, padded_rows, depth,
-                plan.out_panels, !begins_group);
-    if (ends_group) store_output<T>(args, slab.group, image, first, rows, {out.data, out.rows});
+    multiply<T>({scratch.out, plan.out_panels}, {scratch.columns, depth / L},
+                {args.packed_weight + slab.weights, depth}, blocks_of(tile.rows), !begins_group);
+    if (ends_group) store_output<T>(args, slab.group, tile, {scratch.out, plan.out_panels});
   }
 }
 
@@ -231,33 +237,28 @@ void backward(const ConvBackward<T>& args, int64_t slab_index, int64_t image_gro
   const Plan& plan = args.plan;
   const DeformConv2dShape& s = plan.shape;
   const Slab& slab = plan.slabs[slab_index];
-  Scratch<T> scratch(plan, true, Arena(memory));
-  std::fill_n(scratch.zeros, plan.max_padded, T(0));
-  std::fill_n(scratch.unused, plan.max_padded, T(0));
+  const Scratch<T> scratch(plan, true, Arena(memory));
   const int64_t taps = s.taps(), depth = taps * slab.padded;
+  const Blocks<const T> columns{scratch.columns, depth / L}, grad_out{scratch.out, plan.out_panels};
   const int64_t last_image = (image_group + 1) * s.batch / plan.image_groups;
   for (int64_t image = image_group * s.batch / plan.image_groups; image < last_image; ++image) {
     const int64_t pixels = image * s.height * s.width * s.channels + slab.channel;
     for (int64_t first = 0; first < s.positions(); first += plan.tile_rows) {
-      const int64_t rows = std::min(plan.tile_rows, s.positions() - first);
-      const int64_t padded_rows = (rows + kRowBlock - 1) / kRowBlock * kRowBlock;
-      const Panels<T> grad_out{scratch.out, padded_rows};
-      locate(s, args.offset, args.mask, image, slab.deform_group, first, rows, padded_rows, scratch.table);
-      load_grad_output(args, slab.group, image, first, rows, padded_rows, grad_out);
+      const Tile tile{image, first, std::min(plan.tile_rows, s.positions() - first)};
+      const int64_t blocks = blocks_of(tile.rows);
+      locate(s, args.offset, args.mask, slab.deform_group, tile, scratch.table);
+      load_grad_output<T>(args, slab.group, tile, {scratch.out, plan.out_panels});
       if (args.packed_weight) {
-        multiply<T>({scratch.grad_columns, padded_rows}, {grad_out.data, padded_rows},
-                    {args.packed_weight + slab.weights, plan.out_panels * L}, padded_rows, plan.out_panels * L,
-                    depth / L, false);
-        scatter(plan, slab, scratch.table, args.input + pixels, args.grad_input + pixels, scratch.zeros, scratch.unused,
-                rows, padded_rows, scratch.grad_columns, scratch.columns,
+        multiply<T>({scratch.grad_columns, depth / L}, grad_out,
+                    {args.packed_weight + slab.weights, plan.out_panels * L}, blocks, false);
+        scatter(plan, slab, args.input + pixels, args.grad_input + pixels, tile.rows, scratch,
                 args.grad_sampling + (slab_index * s.batch + image) * 3 * taps * s.positions() + first);
       } else {
-        gather(plan, slab, scratch.table, args.input + pixels, scratch.zeros, padded_rows, scratch.columns);
+        gather(plan, slab, args.input + pixels, tile.rows, scratch);
       }
       if (args.grad_weight)
-        multiply_transposed<T>({args.grad_weight + image_group * plan.packed_weight + slab.weights, depth},
-                               {scratch.columns, padded_rows}, {grad_out.data, padded_rows}, rows, depth / L,
-                               plan.out_panels);
+        multiply_transposed<T>({args.grad_weight + image_group * plan.packed_weight + slab.weights, depth}, columns,
+                               grad_out, blocks);
     }
   }
 }

@@ -47,15 +47,25 @@ static inline void store(T* p, Vec<T> v) {
 
 // The first `count` lanes, the others zero; nothing past them is touched.
 template <class T>
-static inline Vec<T> load_first(const T* p, int64_t count) {
+static inline Vec<T> load(const T* p, int64_t count) {
+  if (count == kLanes<T>) return load(p);
   Vec<T> v = {};
   for (int64_t i = 0; i < count; ++i) v[i] = p[i];
   return v;
 }
 
 template <class T>
-static inline void store_first(T* p, Vec<T> v, int64_t count) {
+static inline void store(T* p, Vec<T> v, int64_t count) {
+  if (count == kLanes<T>) return store(p, v);
   for (int64_t i = 0; i < count; ++i) p[i] = v[i];
+}
+
+// Calls visit(v, count) for each vector of `width` elements: count is the constant `lanes` but for a last, partial one.
+template <class T, class Visit>
+static inline void for_each_vector(int64_t width, Visit visit) {
+  int64_t v = 0;
+  for (; (v + 1) * kLanes<T> <= width; ++v) visit(v, static_cast<int64_t>(kLanes<T>));
+  if (v * kLanes<T> < width) visit(v, width - v * kLanes<T>);
 }
 
 template <class T>

@@ -1,0 +1,209 @@
+// What every kernel and driver under csrc/cuda needs of CUDA. Two compilers read these sources: nvcc, and the host's C++
+// compiler with the test-suite's shim (tests/cuda_host/cuda_host.h), which runs the same kernels without a GPU. Where
+// the two differ, the difference is in this file, or behind a small function that the shim computes (inline PTX).
+//
+//   driver   const DeviceScope device(input);             guards input's device and holds its current stream
+//            device.launch(kernel, {blocks, threads, shared_bytes}, args...);        instead of <<<>>>
+//            blocks_for(items, threads)                   blocks of a one-dimensional grid-stride launch
+//            dispatch(type, [&]<class T>(T) { ... })      T is the dtype's kernel type: float, double, half_t, bfloat16_t
+//            view(tensor, sizes, strides, offset)         another view of a tensor's memory
+//            STABLE_TORCH_LIBRARY_IMPL(dcn_plugin, DCN_DISPATCH_KEY, m) { ... }
+//   kernel   __global__, __device__, __launch_bounds__, threadIdx ..., __syncthreads, __syncwarp, __shfl_*_sync,
+//            __ballot_sync, atomicAdd, __ldg, __popc, __ffs      as in CUDA
+//            DCN_DEVICE                                   an inlined device function
+//            DCN_SHARED(T, name, [rows][columns]);        static shared memory, 16-byte aligned, uninitialised
+//            DCN_DYNAMIC_SHARED(name);                    dynamic shared memory: unsigned char* name, 128-byte aligned
+//            thread_index(), thread_count()               of a one-dimensional launch, int64: grid-stride loops
+//            Vec<T, N>, load<N>(p), store(p, vec)         N neighbours in one access; p aligned to N * sizeof(T)
+//            Accum<T>, widen(x), narrow<T>(x)             the type that T is computed in, and conversions
+//            atomic_add(p, x), atomic_add(p, vec)         results unused, so that they compile to reductions
+//            warp_sum(x, lanes)                           sums over aligned groups of `lanes` neighbouring lanes
+//
+// Shared memory holds garbage at a block's start (the shim fills it with NaN), all threads of a block must meet at the
+// same __syncthreads, and a warp's lanes are ordered only by __syncwarp and the other warp functions.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "../tensor.h"
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#define DCN_SHARED(T, name, dims) __shared__ alignas(16) T name dims
+#define DCN_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#define DCN_DISPATCH_KEY CUDA
+#else
+#include "cuda_host.h"
+#define DCN_SHARED(T, name, dims) auto& name = ::cuda_host::static_shared<T dims>([] {})
+#define DCN_DYNAMIC_SHARED(name) unsigned char* const name = ::cuda_host::dynamic_shared()
+#define DCN_DISPATCH_KEY CPU
+#endif
+
+#define DCN_DEVICE static __device__ __forceinline__
+
+namespace dcn::cuda {
+
+using half_t = __half;
+using bfloat16_t = __nv_bfloat16;
+
+// ---- Drivers
+
+struct LaunchShape {
+  dim3 blocks, threads;
+  size_t shared_bytes = 0;
+};
+
+#ifdef __CUDACC__
+
+inline void check_cuda(cudaError_t status, const char* what) {
+  check(status == cudaSuccess, "CUDA error in ", what, ": ", cudaGetErrorString(status));
+}
+
+class DeviceScope {
+ public:
+  explicit DeviceScope(const Tensor& t) : guard_(t.get_device_index()) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  template <class... Params>
+  void launch(void (*kernel)(Params...), LaunchShape shape, std::type_identity_t<Params>... args) const {
+    constexpr size_t kPlainLimit = 48 << 10;  // more must be asked for
+    if (shape.shared_bytes > kPlainLimit)
+      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(shape.shared_bytes)),
+                 "cudaFuncSetAttribute");
+    kernel<<<shape.blocks, shape.threads, shape.shared_bytes, stream_>>>(args...);
+    check_cuda(cudaGetLastError(), "a kernel launch");
+  }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_;
+};
+
+#else
+
+class DeviceScope {
+ public:
+  explicit DeviceScope(const Tensor&) {}
+
+  template <class... Params>
+  void launch(void (*kernel)(Params...), LaunchShape shape, std::type_identity_t<Params>... args) const {
+    cuda_host::launch(shape.blocks, shape.threads, shape.shared_bytes, [&] { kernel(args...); });
+  }
+};
+
+#endif
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Enough blocks for one item a thread; a grid-stride loop takes what is past the largest grid.
+inline dim3 blocks_for(int64_t items, int64_t threads) {
+  return dim3(static_cast<unsigned>(std::clamp<int64_t>(divide_up(items, threads), 1, INT32_MAX)));
+}
+
+template <class Body>
+void dispatch(ScalarType type, const Body& body) {
+  switch (type) {
+    case ScalarType::Float:
+      return body(float());
+    case ScalarType::Double:
+      return body(double());
+    case ScalarType::Half:
+      return body(half_t());
+    default:
+      return body(bfloat16_t());
+  }
+}
+
+inline Tensor view(const Tensor& t, const IntList& size, const IntList& stride, int64_t offset = 0) {
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), static_cast<int64_t>(size.size()), size.data(),
+                                                               stride.data(), offset, &handle));
+  return Tensor(handle);
+}
+
+// ---- Kernels
+
+DCN_DEVICE int64_t thread_index() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
+DCN_DEVICE int64_t thread_count() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
+
+template <class T>
+using Accum = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+DCN_DEVICE float widen(float x) { return x; }
+DCN_DEVICE double widen(double x) { return x; }
+DCN_DEVICE float widen(half_t x) { return __half2float(x); }
+DCN_DEVICE float widen(bfloat16_t x) { return __bfloat162float(x); }
+
+template <class T>
+DCN_DEVICE T narrow(Accum<T> x) {
+  if constexpr (std::is_same_v<T, half_t>)
+    return __float2half_rn(x);
+  else if constexpr (std::is_same_v<T, bfloat16_t>)
+    return __float2bfloat16_rn(x);
+  else
+    return x;
+}
+
+template <class T, int N>
+struct alignas(sizeof(T) * N) Vec {
+  T lane[N];
+};
+
+template <int N, class T>
+DCN_DEVICE Vec<T, N> load(const T* p) {
+  return *reinterpret_cast<const Vec<T, N>*>(p);
+}
+
+template <class T, int N>
+DCN_DEVICE void store(T* p, const Vec<T, N>& v) {
+  *reinterpret_cast<Vec<T, N>*>(p) = v;
+}
+
+template <class T>
+DCN_DEVICE void atomic_add(T* p, T x) {
+  atomicAdd(p, x);
+}
+
+// From sm_90 on, four floats in one reduction.
+DCN_DEVICE void atomic_add(float* p, const Vec<float, 4>& v) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)),
+               "f"(v.lane[0]), "f"(v.lane[1]), "f"(v.lane[2]), "f"(v.lane[3])
+               : "memory");
+#else
+#pragma unroll
+  for (int i = 0; i < 4; ++i) atomicAdd(p + i, v.lane[i]);
+#endif
+}
+
+template <class T, int N>
+DCN_DEVICE void atomic_add(T* p, const Vec<T, N>& v) {
+  if constexpr (std::is_same_v<T, float> && N % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < N; i += 4)
+      atomic_add(p + i, Vec<float, 4>{{v.lane[i], v.lane[i + 1], v.lane[i + 2], v.lane[i + 3]}});
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) atomicAdd(p + i, v.lane[i]);
+  }
+}
+
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+// `lanes` is a power of two; every lane of the group gets the sum. All 32 lanes must call.
+template <class T>
+DCN_DEVICE T warp_sum(T x, int lanes = 32) {
+  for (int distance = lanes / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kFullWarp, x, distance);
+  return x;
+}
+
+}  // namespace dcn::cuda
