@@ -20,14 +20,16 @@ struct AxisSample {
   T frac;
 };
 
-// Convolution: the map continues with zeros, and a sample counts where -1 < position < size. The comparisons are
-// written so that NaN and infinities fail them.
+// Convolution: the map continues with zeros, and a sample counts where -1 < position < size. NaN and infinities fail
+// the comparisons; samples that do not count are moved to -2, where both neighbours are outside. There are selects in
+// place of branches so that compilers turn a loop over it into vectors.
 template <class T>
 DCN_INLINE AxisSample<T> locate_zero_padded(T position, int32_t size) {
-  if (!(position > T(-1) && position < T(size))) return {-1, -1, T(0)};
+  position = position > T(-1) ? position : T(-2);
+  position = position < T(size) ? position : T(-2);
   const T floor = std::floor(position);
-  const int32_t low = static_cast<int32_t>(floor);
-  return {low, low + 1 < size ? low + 1 : -1, position - floor};
+  const int32_t low = static_cast<int32_t>(floor), high = low + 1;
+  return {low < 0 ? -1 : low, high < size ? high : -1, position - floor};
 }
 
 // RoI align: a sample counts where -1 <= position <= size, and between the edge and the border pixel's centre it takes
@@ -50,7 +52,7 @@ struct Sample {
   T frac_y, frac_x;
 };
 
-DCN_INLINE int32_t pixel_index(int32_t y, int32_t x, int32_t width) { return y < 0 || x < 0 ? -1 : y * width + x; }
+DCN_INLINE int32_t pixel_index(int32_t y, int32_t x, int32_t width) { return (y | x) < 0 ? -1 : y * width + x; }
 
 template <class T>
 DCN_INLINE Sample<T> make_sample(AxisSample<T> y, AxisSample<T> x, int32_t width) {

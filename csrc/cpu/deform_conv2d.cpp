@@ -19,7 +19,7 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Below, why each number: measured on shapes of ResNet-50 (benchmarks/NOTES.md). Only shapes decide, never the number
 // of threads, so that results repeat.
 constexpr int64_t kSlabChannels = 128;  // a slab's columns of a tile fit in a 1 MiB second-level cache
-constexpr int64_t kForwardRows = 24;  // output positions a tile
+constexpr int64_t kForwardRows = 96;  // output positions a tile
 constexpr int64_t kBackwardRows = 96;  // as much memory: columns and their gradients
 constexpr int64_t kBackwardTasks = 8;  // wanted at least, where there are images to share out
 

@@ -38,12 +38,6 @@ struct Plan {
   int64_t image_groups;   // backward only
 };
 
-// Where one kernel position falls, for one output position.
-template <class T>
-struct Tap : Sample<T> {
-  T mask;
-};
-
 template <class T>
 struct ConvForward {
   const Plan& plan;

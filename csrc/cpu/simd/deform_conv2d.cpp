@@ -7,12 +7,40 @@ namespace dcn::cpu {
 namespace DCN_ISA {
 namespace {
 
-// Buffers of a task; tiles have whole blocks of kRowBlock rows, and the rows past the last position sample nothing.
+// Where a tile's samples fall, for one deform group: arrays by tap and row. The rows that fill up the last block sample
+// nothing.
+template <class T>
+struct SampleTable {
+  SampleTable(int64_t taps, int64_t rows, Arena& arena) : rows(rows) {
+    for (auto& p : pixel) p = arena.take<int32_t>(taps * rows);
+    for (auto& w : weight) w = arena.take<T>(taps * rows);
+    frac_y = arena.take<T>(taps * rows);
+    frac_x = arena.take<T>(taps * rows);
+    mask = arena.take<T>(taps * rows);
+    base_y = arena.take<T>(rows);
+    base_x = arena.take<T>(rows);
+  }
+  Sample<T> sample(int64_t i) const {
+    return {{pixel[0][i], pixel[1][i], pixel[2][i], pixel[3][i]},
+            {weight[0][i], weight[1][i], weight[2][i], weight[3][i]},
+            frac_y[i],
+            frac_x[i]};
+  }
+  int64_t rows;
+  int32_t* pixel[4];
+  T* weight[4];
+  T* frac_y;
+  T* frac_x;
+  T* mask;
+  T* base_y;  // by row: the position's top left corner on the input map
+  T* base_x;
+};
+
+// Buffers of a task.
 template <class T>
 struct Scratch {
-  Scratch(const Plan& plan, bool backward, Arena arena) {
+  Scratch(const Plan& plan, bool backward, Arena arena) : table(plan.shape.taps(), plan.tile_rows, arena) {
     const int64_t rows = plan.tile_rows, taps = plan.shape.taps();
-    table = arena.take<Tap<T>>(rows * taps);
     columns = arena.take<T>(rows * taps * plan.max_padded);
     out = arena.take<T>(rows * plan.out_panels * kLanes<T>);
     zeros = arena.take<T>(plan.max_padded);
@@ -25,7 +53,7 @@ struct Scratch {
     std::fill_n(zeros, plan.max_padded, T(0));
     if (backward) std::fill_n(unused, plan.max_padded, T(0));
   }
-  Tap<T>* table;              // (blocks, taps, kRowBlock) of one deform group
+  SampleTable<T> table;
   T* columns;                 // blocks: rows x (taps * padded channels of a slab)
   T* out;                     // blocks: rows x output channels of a group, or their gradient
   T* zeros;                   // what the map holds outside its borders
@@ -48,41 +76,59 @@ struct Tile {
 
 template <class T>
 void locate(const DeformConv2dShape& s, const T* offset, const T* mask, int64_t deform_group, Tile tile,
-            Tap<T>* table) {
+            const SampleTable<T>& table) {
   const int64_t positions = s.positions(), taps = s.taps();
   const int64_t group = tile.image * s.deform_groups + deform_group;
+  const int32_t height = static_cast<int32_t>(s.height), width = static_cast<int32_t>(s.width);
+  int64_t y = tile.first / s.out_width, x = tile.first % s.out_width;
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    table.base_y[r] = static_cast<T>(y * s.stride_h - s.pad_h);
+    table.base_x[r] = static_cast<T>(x * s.stride_w - s.pad_w);
+    if (++x == s.out_width) x = 0, ++y;
+  }
   for (int64_t tap = 0; tap < taps; ++tap) {
     const T* dy = offset + (group * taps + tap) * 2 * positions + tile.first;
     const T* dx = dy + positions;
-    const T* m = mask ? mask + (group * taps + tap) * positions + tile.first : nullptr;
-    const int64_t tap_y = tap / s.kernel_w * s.dilation_h - s.pad_h, tap_x = tap % s.kernel_w * s.dilation_w - s.pad_w;
-    int64_t y = tile.first / s.out_width, x = tile.first % s.out_width;
-    for (int64_t r = 0; r < blocks_of(tile.rows) * kRowBlock; ++r) {
-      Tap<T>& to = table[(r / kRowBlock * taps + tap) * kRowBlock + r % kRowBlock];
-      if (r >= tile.rows) {
-        to = {{{-1, -1, -1, -1}, {}, T(0), T(0)}, T(0)};
-        continue;
+    const T tap_y = static_cast<T>(tap / s.kernel_w * s.dilation_h),
+            tap_x = static_cast<T>(tap % s.kernel_w * s.dilation_w);
+    const int64_t start = tap * table.rows;
+    const SampleTable<T> to = table;  // a copy: its pointers are then known not to change in the loop
+#pragma GCC ivdep
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const auto sample = make_sample(locate_zero_padded(to.base_y[r] + tap_y + dy[r], height),
+                                      locate_zero_padded(to.base_x[r] + tap_x + dx[r], width), width);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        to.pixel[i][start + r] = sample.pixel[i];
+        to.weight[i][start + r] = sample.weight[i];
       }
-      const T sample_y = static_cast<T>(y * s.stride_h + tap_y) + dy[r];
-      const T sample_x = static_cast<T>(x * s.stride_w + tap_x) + dx[r];
-      const auto axis_y = locate_zero_padded(sample_y, static_cast<int32_t>(s.height));
-      const auto axis_x = locate_zero_padded(sample_x, static_cast<int32_t>(s.width));
-      to = {make_sample(axis_y, axis_x, static_cast<int32_t>(s.width)), m ? m[r] : T(1)};
-      if (++x == s.out_width) x = 0, ++y;
+      to.frac_y[start + r] = sample.frac_y;
+      to.frac_x[start + r] = sample.frac_x;
+    }
+    if (mask)
+      std::copy_n(mask + (group * taps + tap) * positions + tile.first, tile.rows, table.mask + start);
+    else
+      std::fill_n(table.mask + start, tile.rows, T(1));
+    for (int64_t r = tile.rows; r < blocks_of(tile.rows) * kRowBlock; ++r) {
+      for (int i = 0; i < 4; ++i) {
+        table.pixel[i][start + r] = -1;
+        table.weight[i][start + r] = T(0);
+      }
+      table.frac_y[start + r] = table.frac_x[start + r] = table.mask[start + r] = T(0);
     }
   }
 }
 
-// Calls visit(sample, row of the tile, tap, first vector of its columns) for a tile's samples: block by block, since
-// neighbouring positions with all their taps read the same few pixels and write one block, both in the first-level
-// cache.
+// Calls visit(index in the table, row of the tile, tap, first vector of its columns) for a tile's samples: block by
+// block, since neighbouring positions with all their taps read the same few pixels and write one block, both in the
+// first-level cache.
 template <class T, class Visit>
-inline void for_each_sample(const Tap<T>* table, int64_t rows, int64_t taps, int64_t panels, Visit visit) {
-  constexpr int L = kLanes<T>;
+inline void for_each_sample(const SampleTable<T>& table, int64_t rows, int64_t taps, int64_t panels, Visit visit) {
   for (int64_t block = 0; block < blocks_of(rows); ++block)
     for (int64_t tap = 0; tap < taps; ++tap)
-      for (int64_t r = 0; r < kRowBlock; ++r, ++table)
-        visit(*table, block * kRowBlock + r, tap, (((block * taps + tap) * panels) * kRowBlock + r) * L);
+      for (int64_t r = 0; r < kRowBlock; ++r)
+        visit(tap * table.rows + block * kRowBlock + r, block * kRowBlock + r, tap,
+              ((block * taps + tap) * panels * kRowBlock + r) * kLanes<T>);
 }
 
 template <class T>
@@ -93,12 +139,12 @@ struct Corners {
 
 // The sample's pixels, whose first channels are at image + pixel * channels, and their weights times the mask.
 template <class T>
-inline Corners<T> corners(const Tap<T>& tap, const T* image, int64_t channels, const T* outside) {
+inline Corners<T> corners(const SampleTable<T>& table, int64_t i, const T* image, int64_t channels, const T* outside) {
   Corners<T> c;
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    c.value[i] = tap.pixel[i] < 0 ? outside : image + tap.pixel[i] * channels;
-    c.weight[i] = tap.weight[i] * tap.mask;
+  for (int k = 0; k < 4; ++k) {
+    c.value[k] = table.pixel[k][i] < 0 ? outside : image + table.pixel[k][i] * channels;
+    c.weight[k] = table.weight[k][i] * table.mask[i];
   }
   return c;
 }
@@ -123,8 +169,8 @@ template <class T>
 void gather(const Plan& plan, const Slab& slab, const T* image, int64_t rows, const Scratch<T>& scratch) {
   constexpr int L = kLanes<T>;
   for_each_sample(scratch.table, rows, plan.shape.taps(), slab.padded / L,
-                  [&](const Tap<T>& tap, int64_t, int64_t, int64_t start) {
-                    const auto from = corners(tap, image, plan.shape.channels, scratch.zeros);
+                  [&](int64_t i, int64_t, int64_t, int64_t start) {
+                    const auto from = corners(scratch.table, i, image, plan.shape.channels, scratch.zeros);
                     T* to = scratch.columns + start;
                     int64_t c = 0;
                     for (; c + 4 * L <= slab.width; c += 4 * L) interpolate<T, 4>(from, c, L, to + c * kRowBlock);
@@ -141,12 +187,13 @@ void scatter(const Plan& plan, const Slab& slab, const T* image, T* grad_image, 
   constexpr int L = kLanes<T>;
   const int64_t positions = plan.shape.positions(), channels = plan.shape.channels;
   for_each_sample(scratch.table, rows, plan.shape.taps(), slab.padded / L,
-                  [&](const Tap<T>& tap, int64_t row, int64_t tap_index, int64_t start) {
-                    const auto from = corners(tap, image, channels, scratch.zeros);
+                  [&](int64_t index, int64_t row, int64_t tap, int64_t start) {
+                    const auto from = corners(scratch.table, index, image, channels, scratch.zeros);
                     T* to[4];
 #pragma GCC unroll 4
                     for (int i = 0; i < 4; ++i)
-                      to[i] = tap.pixel[i] < 0 ? scratch.unused : grad_image + tap.pixel[i] * channels;
+                      to[i] = scratch.table.pixel[i][index] < 0 ? scratch.unused
+                                                                : grad_image + scratch.table.pixel[i][index] * channels;
                     Vec<T> dots[4] = {};  // of the gradient with each corner's values
                     for_each_vector<T>(slab.width, [&](int64_t v, int64_t count) {
                       const int64_t at = start + v * kRowBlock * L;
@@ -163,11 +210,13 @@ void scatter(const Plan& plan, const Slab& slab, const T* image, T* grad_image, 
                     });
                     if (row >= rows) return;
                     const T dot[4] = {sum<T>(dots[0]), sum<T>(dots[1]), sum<T>(dots[2]), sum<T>(dots[3])};
-                    T* grad = grad_sampling + tap_index * 3 * positions + row;
-                    grad[0] = tap.mask * derivative_y(tap, dot);
-                    grad[positions] = tap.mask * derivative_x(tap, dot);
-                    grad[2 * positions] = tap.weight[0] * dot[0] + tap.weight[1] * dot[1] + tap.weight[2] * dot[2] +
-                                          tap.weight[3] * dot[3];
+                    const Sample<T> sample = scratch.table.sample(index);
+                    const T mask = scratch.table.mask[index];
+                    T* grad = grad_sampling + tap * 3 * positions + row;
+                    grad[0] = mask * derivative_y(sample, dot);
+                    grad[positions] = mask * derivative_x(sample, dot);
+                    grad[2 * positions] = sample.weight[0] * dot[0] + sample.weight[1] * dot[1] +
+                                          sample.weight[2] * dot[2] + sample.weight[3] * dot[3];
                   });
 }
 
