@@ -19,31 +19,33 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Below, why each number: measured on shapes of ResNet-50 (benchmarks/NOTES.md). Only shapes decide, never the number
 // of threads, so that results repeat.
 constexpr int64_t kSlabChannels = 128;  // a slab's columns of a tile fit in a 1 MiB second-level cache
-constexpr int64_t kForwardRows = 96;  // output positions a tile
-constexpr int64_t kBackwardRows = 96;  // as much memory: columns and their gradients
-constexpr int64_t kBackwardTasks = 8;  // wanted at least, where there are images to share out
+constexpr int64_t kForwardRows = 96;    // output positions a tile
+constexpr int64_t kBackwardRows = 96;   // as much memory: columns and their gradients
+constexpr int64_t kBackwardTasks = 8;   // wanted at least, where there are images to share out
 
 class OwnedPlan : public Plan {
  public:
   OwnedPlan(const DeformConv2dShape& s, int64_t lanes, int64_t row_block, bool backward) {
     shape = s;
-    // The largest divisor of groups that still fits in a vector.
-    int64_t merged = std::max<int64_t>(1, std::min(s.groups, lanes / s.group_channels()));
-    while (s.groups % merged) --merged;
+    this->lanes = lanes;
+    depthwise = s.groups == s.channels && s.out_channels == s.channels;
+    // Channels that are summed together; depthwise, which sums none, takes all of them as one group.
+    int64_t merged = depthwise ? s.groups : std::max<int64_t>(1, std::min(s.groups, lanes / s.group_channels()));
+    while (s.groups % merged) --merged;  // the largest divisor of groups that still fits in a vector
     groups = s.groups / merged;
     group_channels = s.group_channels() * merged;
     group_out_channels = s.group_out_channels() * merged;
-    out_panels = divide_up(group_out_channels, lanes);
 
     const int64_t slab_channels =
         backward && s.batch * s.channels <= 2 * kSlabChannels ? kSlabChannels / 2 : kSlabChannels;
+    out_panels = divide_up(depthwise ? std::min(slab_channels, s.channels) : group_out_channels, lanes);
     max_padded = packed_weight = 0;
     for (int64_t c = 0; c < s.channels; c += storage_.back().width) {
       const int64_t group = c / group_channels, deform_group = c / s.deform_group_channels();
       const int64_t end = std::min((group + 1) * group_channels, (deform_group + 1) * s.deform_group_channels());
       const int64_t width = std::min(end - c, slab_channels), padded = divide_up(width, lanes) * lanes;
       storage_.push_back({c, width, padded, group, deform_group, packed_weight});
-      packed_weight += s.taps() * padded * out_panels * lanes;
+      packed_weight += s.taps() * padded * (depthwise ? 1 : out_panels * lanes);
       max_padded = std::max(max_padded, padded);
     }
     slabs = storage_.data();

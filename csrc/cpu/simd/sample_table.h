@@ -1,0 +1,185 @@
+// Where the samples of a tile fall, and moving values between the map and the tile through them.
+#pragma once
+#include <algorithm>
+
+#include "../deform_conv2d.h"
+#include "arena.h"
+#include "gemm.h"
+
+namespace dcn::cpu::DCN_ISA {
+
+// Output positions [first, first + rows) of an image.
+struct Tile {
+  int64_t image, first, rows;
+  int64_t blocks() const { return (rows + kRowBlock - 1) / kRowBlock; }
+};
+
+// The samples of a tile for one deform group: arrays by tap and row. The rows that fill up the last block sample
+// nothing.
+template <class T>
+struct SampleTable {
+  SampleTable(int64_t taps, int64_t rows, Arena& arena) : rows(rows) {
+    for (auto& p : pixel) p = arena.take<int32_t>(taps * rows);
+    for (auto& w : weight) w = arena.take<T>(taps * rows);
+    frac_y = arena.take<T>(taps * rows);
+    frac_x = arena.take<T>(taps * rows);
+    mask = arena.take<T>(taps * rows);
+    base_y = arena.take<T>(rows);
+    base_x = arena.take<T>(rows);
+  }
+  Sample<T> sample(int64_t i) const {
+    return {{pixel[0][i], pixel[1][i], pixel[2][i], pixel[3][i]},
+            {weight[0][i], weight[1][i], weight[2][i], weight[3][i]},
+            frac_y[i],
+            frac_x[i]};
+  }
+  int64_t rows;
+  int32_t* pixel[4];
+  T* weight[4];
+  T* frac_y;
+  T* frac_x;
+  T* mask;
+  T* base_y;  // by row: the position's top left corner on the input map
+  T* base_x;
+};
+
+template <class T>
+static void locate(const DeformConv2dShape& s, const T* offset, const T* mask, int64_t deform_group, Tile tile,
+                   const SampleTable<T>& table) {
+  const int64_t positions = s.positions(), taps = s.taps();
+  const int64_t group = tile.image * s.deform_groups + deform_group;
+  const int32_t height = static_cast<int32_t>(s.height), width = static_cast<int32_t>(s.width);
+  int64_t y = tile.first / s.out_width, x = tile.first % s.out_width;
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    table.base_y[r] = static_cast<T>(y * s.stride_h - s.pad_h);
+    table.base_x[r] = static_cast<T>(x * s.stride_w - s.pad_w);
+    if (++x == s.out_width) x = 0, ++y;
+  }
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    const T* dy = offset + (group * taps + tap) * 2 * positions + tile.first;
+    const T* dx = dy + positions;
+    const T tap_y = static_cast<T>(tap / s.kernel_w * s.dilation_h);
+    const T tap_x = static_cast<T>(tap % s.kernel_w * s.dilation_w);
+    const int64_t start = tap * table.rows;
+    const SampleTable<T> to = table;  // a copy: its pointers are then known not to change in the loop
+#pragma GCC ivdep
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const auto sample = make_sample(locate_zero_padded(to.base_y[r] + tap_y + dy[r], height),
+                                      locate_zero_padded(to.base_x[r] + tap_x + dx[r], width), width);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        to.pixel[i][start + r] = sample.pixel[i];
+        to.weight[i][start + r] = sample.weight[i];
+      }
+      to.frac_y[start + r] = sample.frac_y;
+      to.frac_x[start + r] = sample.frac_x;
+    }
+    if (mask)
+      std::copy_n(mask + (group * taps + tap) * positions + tile.first, tile.rows, table.mask + start);
+    else
+      std::fill_n(table.mask + start, tile.rows, T(1));
+    for (int64_t r = tile.rows; r < tile.blocks() * kRowBlock; ++r) {
+      for (int i = 0; i < 4; ++i) {
+        table.pixel[i][start + r] = -1;
+        table.weight[i][start + r] = T(0);
+      }
+      table.frac_y[start + r] = table.frac_x[start + r] = table.mask[start + r] = T(0);
+    }
+  }
+}
+
+// Calls visit(index in the table, row of the tile, tap) for a tile's samples: block by block, since neighbouring
+// positions with all their taps read the same few pixels and write one block, both in the first-level cache.
+template <class T, class Visit>
+static inline void for_each_sample(const SampleTable<T>& table, Tile tile, int64_t taps, Visit visit) {
+  for (int64_t block = 0; block < tile.blocks(); ++block)
+    for (int64_t tap = 0; tap < taps; ++tap)
+      for (int64_t r = 0; r < kRowBlock; ++r) {
+        const int64_t row = block * kRowBlock + r;
+        visit(tap * table.rows + row, row, tap);
+      }
+}
+
+// A sample's pixels, whose first channels are at map + pixel * channels, and their weights times the mask.
+template <class T, class Element>
+struct Corners {
+  Corners(const SampleTable<T>& table, int64_t i, const Element* map, int64_t channels, const Element* outside) {
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      value[k] = table.pixel[k][i] < 0 ? outside : map + table.pixel[k][i] * channels;
+      weight[k] = table.weight[k][i] * table.mask[i];
+    }
+  }
+  const Element* value[4];
+  T weight[4];
+};
+
+template <class T, int Vectors, class Element, class Store>
+static inline void interpolate(const Corners<T, Element>& from, int64_t channel, int64_t count, Store& store_value) {
+  constexpr int L = kLanes<T>;
+  Vec<T> value[Vectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < Vectors; ++v) value[v] = from.weight[0] * load(from.value[0] + channel + v * L, count);
+#pragma GCC unroll 4
+  for (int i = 1; i < 4; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) value[v] += from.weight[i] * load(from.value[i] + channel + v * L, count);
+#pragma GCC unroll 4
+  for (int v = 0; v < Vectors; ++v) store_value(channel + v * L, value[v]);
+}
+
+// mask * bilinear sample, for the `width` channels that start at `map`: target(row, tap) returns a function that takes
+// (channel, vector of values).
+template <class T, class Element, class Target>
+static inline void gather(const DeformConv2dShape& s, const SampleTable<T>& table, Tile tile, const Element* map,
+                          const Element* outside, int64_t width, Target target) {
+  constexpr int L = kLanes<T>;
+  for_each_sample(table, tile, s.taps(), [&](int64_t index, int64_t row, int64_t tap) {
+    const Corners<T, Element> from(table, index, map, s.channels, outside);
+    auto store_value = target(row, tap);
+    int64_t c = 0;
+    for (; c + 4 * L <= width; c += 4 * L) interpolate<T, 4>(from, c, L, store_value);
+    for (; c + L <= width; c += L) interpolate<T, 1>(from, c, L, store_value);
+    if (c < width) interpolate<T, 1>(from, c, width - c, store_value);
+  });
+}
+
+// The way back: source(row, tap) returns a function that takes (channel, vector of the sample's masked values, to save
+// sampling again) and returns the gradient of those values. Adds to grad_map and writes grad_sampling, arrays (taps, 3,
+// positions) of the tile's d/dy, d/dx and d/dmask. Gradients of pixels outside the map go to `unused`.
+template <class T, class Source>
+static inline void scatter(const DeformConv2dShape& s, const SampleTable<T>& table, Tile tile, const T* map,
+                           T* grad_map, const T* outside, T* unused, int64_t width, T* grad_sampling, Source source) {
+  constexpr int L = kLanes<T>;
+  for_each_sample(table, tile, s.taps(), [&](int64_t index, int64_t row, int64_t tap) {
+    const Corners<T, T> from(table, index, map, s.channels, outside);
+    T* to[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+      to[i] = table.pixel[i][index] < 0 ? unused : grad_map + table.pixel[i][index] * s.channels;
+    auto gradient = source(row, tap);
+    Vec<T> dots[4] = {};  // of the gradient with each corner's values
+    for_each_vector<T>(width, [&](int64_t v, int64_t count) {
+      Vec<T> corner[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) corner[i] = load(from.value[i] + v * L, count);
+      const Vec<T> grad = gradient(v * L, from.weight[0] * corner[0] + from.weight[1] * corner[1] +
+                                              from.weight[2] * corner[2] + from.weight[3] * corner[3]);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        dots[i] += grad * corner[i];
+        store(to[i] + v * L, load(to[i] + v * L, count) + from.weight[i] * grad, count);
+      }
+    });
+    if (row >= tile.rows) return;
+    const T dot[4] = {sum<T>(dots[0]), sum<T>(dots[1]), sum<T>(dots[2]), sum<T>(dots[3])};
+    const Sample<T> sample = table.sample(index);
+    T* grad = grad_sampling + tap * 3 * s.positions() + row;
+    grad[0] = table.mask[index] * derivative_y(sample, dot);
+    grad[s.positions()] = table.mask[index] * derivative_x(sample, dot);
+    grad[2 * s.positions()] =
+        sample.weight[0] * dot[0] + sample.weight[1] * dot[1] + sample.weight[2] * dot[2] + sample.weight[3] * dot[3];
+  });
+}
+
+}  // namespace dcn::cpu::DCN_ISA

@@ -1,0 +1,246 @@
+"""Deformable convolution layers: given their offsets (DeformConv2d, ModulatedDeformConv2d) or predicting them (DCN,
+DCNv2).
+
+All are ``nn.Conv2d``, and name it among their direct bases, since mmengine's init rules look no further up than that:
+they are initialised, folded with a batch norm and counted like the convolution they stand for.
+"""
+
+import warnings
+
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.modules.utils import _pair
+
+from dcn_plugin.ops import deform_conv2d
+
+from .zero_init import ZeroInitConv2d
+
+
+def _explicit_padding(padding, kernel_size, stride, dilation):
+    """'same' and 'valid' as the numbers they stand for; numbers as they are."""
+    if not isinstance(padding, str):
+        return padding
+    if padding == "valid":
+        return 0
+    span = [d * (k - 1) for d, k in zip(_pair(dilation), _pair(kernel_size), strict=True)]
+    if padding != "same" or _pair(stride) != (1, 1) or any(s % 2 for s in span):
+        raise ValueError(
+            f"padding must be an integer, two integers, 'valid', or, with stride 1 and an even dilation * (kernel - 1),"
+            f" 'same'; got {padding!r} with kernel_size={kernel_size}, stride={stride}, dilation={dilation}"
+        )
+    return tuple(s // 2 for s in span)
+
+
+class _DeformConv:
+    """Mixin: what a deformable convolution's constructor adds to that of ``nn.Conv2d``, in mmcv's positional order."""
+
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride=1,
+        padding=0,
+        dilation=1,
+        groups=1,
+        deform_groups=1,
+        bias=False,
+        im2col_step=32,
+        *,
+        padding_mode="zeros",
+        deformable_groups=None,
+        device=None,
+        dtype=None,
+    ):
+        if deformable_groups is not None:
+            if deform_groups not in (1, deformable_groups):
+                raise ValueError(f"got both deform_groups={deform_groups} and deformable_groups={deformable_groups}")
+            warnings.warn("deformable_groups is deprecated, use deform_groups", DeprecationWarning, stacklevel=2)
+            deform_groups = deformable_groups
+        if deform_groups < 1 or in_channels % deform_groups:
+            raise ValueError(f"in_channels ({in_channels}) must be divisible by deform_groups ({deform_groups})")
+        if padding_mode != "zeros":
+            raise ValueError(f"a deformable convolution reads zeros outside the map: padding_mode={padding_mode!r}")
+        if isinstance(bias, str) and bias != "auto":
+            raise ValueError(f"bias must be True, False or 'auto', got {bias!r}")
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            _explicit_padding(padding, kernel_size, stride, dilation),
+            dilation,
+            groups,
+            bool(bias),
+            device=device,
+            dtype=dtype,
+        )
+        self.deform_groups = deform_groups
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, deform_groups={self.deform_groups}"
+
+
+class DeformConv2d(_DeformConv, nn.Conv2d):
+    """Deformable convolution v1, its offsets given: equation 2 of `Deformable Convolutional Networks
+    <https://arxiv.org/abs/1703.06211>`_.
+
+    Maps smaller than the kernel need no special care, as long as the padding leaves at least one output position.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, dilation, groups, device, dtype: as in ``nn.Conv2d``.
+        padding: zeros on both sides, as in ``nn.Conv2d``; 'same' only where both sides get as many.
+        deform_groups: groups of input channels that share their offsets; must divide ``in_channels``.
+        bias: adds a learnable bias. 'auto' (for callers that leave it to a norm layer) means True. mmcv's v1 layers
+            have none.
+        im2col_step: accepted for mmcv's configs and unused: there is no column matrix.
+        padding_mode: only 'zeros'.
+        deformable_groups: deprecated name of ``deform_groups``.
+
+    Raises:
+        ValueError: channels that do not divide, another ``padding_mode`` or string ``padding``.
+    """
+
+    def forward(self, x: Tensor, offset: Tensor) -> Tensor:
+        """Convolves x, each sample displaced.
+
+        Args:
+            x: (N, in_channels, H, W).
+            offset: (N, 2 * deform_groups * kh * kw, Ho, Wo), in pixels of x: for each deform group and kernel position
+                (row-major) the displacement in y, then in x.
+
+        Returns:
+            (N, out_channels, Ho, Wo), sizes as of ``nn.Conv2d``.
+
+        Raises:
+            RuntimeError: shapes, dtypes or devices that do not fit together.
+        """
+        return deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation)
+
+
+class ModulatedDeformConv2d(_DeformConv, nn.Conv2d):
+    """Deformable convolution v2, its offsets and mask given: equation 1 of `Deformable ConvNets v2
+    <https://arxiv.org/abs/1811.11168>`_.
+
+    Arguments and errors are those of :class:`DeformConv2d`, but there is a bias by default.
+    """
+
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride=1,
+        padding=0,
+        dilation=1,
+        groups=1,
+        deform_groups=1,
+        bias=True,
+        *args,
+        **kwargs,
+    ):
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            deform_groups,
+            bias,
+            *args,
+            **kwargs,
+        )
+
+    def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
+        """Convolves x, each sample displaced and weighted.
+
+        Args:
+            x, offset: as of :class:`DeformConv2d`.
+            mask: (N, deform_groups * kh * kw, Ho, Wo), multiplies the samples as it is, without a sigmoid.
+        """
+        return deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask=mask)
+
+
+class _PredictsOffsets:
+    """Mixin: ``conv_offset``, a zero-initialised convolution of the same geometry, predicts what displaces the samples.
+
+    Subclasses compute in ``_conv_forward``, the function through which torch and mmcv run an ``nn.Conv2d`` with other
+    weights than its own (a batch norm folded in on the fly, fake quantisation).
+    """
+
+    _version = 2  # of the state dict, as mmcv counts: before 2, the parent held the offset convolution
+    _channels_per_tap: int
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        taps = self.kernel_size[0] * self.kernel_size[1]
+        self.conv_offset = ZeroInitConv2d(
+            self.in_channels,
+            self._channels_per_tap * self.deform_groups * taps,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            device=self.weight.device,
+            dtype=self.weight.dtype,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) to (N, out_channels, Ho, Wo), as ``nn.Conv2d``."""
+        return self._conv_forward(x, self.weight, self.bias)
+
+
+class DCN(_PredictsOffsets, DeformConv2d, nn.Conv2d):
+    """Deformable convolution v1 that predicts its own offsets; stands wherever an ``nn.Conv2d`` does.
+
+    Until training moves ``conv_offset`` from zero it computes what the plain convolution computes. Arguments and errors
+    are those of :class:`DeformConv2d`. State dict: ``weight``, ``bias`` (where there is one), ``conv_offset.weight``,
+    ``conv_offset.bias``, as mmcv's.
+    """
+
+    _channels_per_tap = 2
+
+    def _conv_forward(self, input, weight, bias):
+        offset = self.conv_offset(input)
+        return deform_conv2d(input, offset, weight, bias, self.stride, self.padding, self.dilation)
+
+
+class DCNv2(_PredictsOffsets, ModulatedDeformConv2d, nn.Conv2d):
+    """Deformable convolution v2 that predicts its own offsets and mask; stands wherever an ``nn.Conv2d`` does.
+
+    The mask is the sigmoid of ``conv_offset``'s last third, so it starts at 0.5, as in every published model: a new
+    layer computes half of what the plain convolution computes (plus the bias). Arguments and errors are those of
+    :class:`ModulatedDeformConv2d`, the state dict's keys those of :class:`DCN`.
+    """
+
+    _channels_per_tap = 3
+
+    def _conv_forward(self, input, weight, bias):
+        predicted = self.conv_offset(input)
+        taps = predicted.shape[1] // 3
+        offset, mask = predicted.split([2 * taps, taps], dim=1)
+        return deform_conv2d(input, offset, weight, bias, self.stride, self.padding, self.dilation, mask=mask.sigmoid())
+
+
+def _adopt_old_offsets(parent, state_dict, prefix, *_) -> None:
+    """Renames old checkpoints' ``conv2_offset.*``, beside a DCN named conv2, to ``conv2.conv_offset.*``.
+
+    Loading shows a module only the keys under its own name, so it is the parent that has to do this.
+    """
+    for name, child in parent.named_children():
+        if not isinstance(child, _PredictsOffsets) or hasattr(parent, f"{name}_offset"):
+            continue
+        for kind in ("weight", "bias"):
+            old, new = f"{prefix}{name}_offset.{kind}", f"{prefix}{name}.conv_offset.{kind}"
+            if old in state_dict and new not in state_dict:
+                state_dict[new] = state_dict.pop(old)
+
+
+def _prepare_parent(parent, name, child) -> None:
+    if isinstance(child, _PredictsOffsets):
+        parent.register_load_state_dict_pre_hook(_adopt_old_offsets)
+
+
+register_module_module_registration_hook(_prepare_parent)

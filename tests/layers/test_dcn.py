@@ -1,0 +1,251 @@
+"""The convolution layers: constructors, equality with mmcv's, state dicts old and new, and what nn.Conv2d promises."""
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from dcn_plugin.layers import DCN, DCNv2, DeformConv2d, ModulatedDeformConv2d
+from dcn_plugin.ops import deform_conv2d
+
+PACKS = pytest.mark.parametrize("pack", [DCN, DCNv2])
+
+
+def randomised(layer, scale=0.5):
+    """The layer with all parameters random, offsets of about a pixel among them."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    return layer
+
+
+def assert_close(actual, expected, rtol=1e-5):
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol * expected.abs().max().item())
+
+
+def mmcv_pack(pack):
+    ops = pytest.importorskip("mmcv.ops")
+    return {DCN: ops.DeformConv2dPack, DCNv2: ops.ModulatedDeformConv2dPack}[pack]
+
+
+@pytest.mark.parametrize("layer", [DeformConv2d, ModulatedDeformConv2d])
+def test_constructor_begins_as_mmcvs(layer):
+    ops = pytest.importorskip("mmcv.ops")
+    theirs = list(inspect.signature(getattr(ops, layer.__name__).__init__).parameters.values())
+    ours = list(inspect.signature(layer.__init__).parameters.values())
+    for mine, other in zip(ours, theirs, strict=False):
+        assert (mine.name, mine.default) == (other.name, other.default)
+    # im2col_step, where it is not spelt out, is the next positional argument.
+    assert layer(4, 4, 3, 1, 1, 1, 1, 1, True, 16).bias is not None
+
+
+@PACKS
+@pytest.mark.parametrize("deform_groups", [1, 2])
+@pytest.mark.parametrize("kernel", [3, (1, 5)])
+def test_loads_mmcvs_state_dict_and_computes_the_same(pack, deform_groups, kernel):
+    arguments = dict(stride=2, padding=(1, 2), dilation=1, groups=2, deform_groups=deform_groups)
+    theirs = randomised(mmcv_pack(pack)(4, 6, kernel, **arguments))
+    ours = pack(4, 6, kernel, **arguments)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 4, 9, 8)
+    assert_close(ours(x), theirs(x))
+    theirs.load_state_dict(ours.state_dict())
+
+
+@PACKS
+def test_bias_is_a_choice_and_adds(pack):
+    assert (pack(4, 4, 3).bias is None) == (pack is DCN)
+    assert pack(4, 4, 3, bias=False).bias is None
+    layer = randomised(pack(4, 6, 3, bias="auto"))
+    x = torch.randn(1, 4, 7, 7)
+    with_bias = layer(x)
+    bias, layer.bias = layer.bias, None
+    assert_close(with_bias, layer(x) + bias.view(1, -1, 1, 1))
+
+
+@PACKS
+def test_new_layer_samples_the_regular_grid(pack):
+    layer = pack(4, 6, 3, stride=2, padding=1, groups=2)
+    plain = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2, bias=layer.bias is not None)
+    plain.load_state_dict(layer.state_dict(), strict=False)
+    x = torch.randn(2, 4, 9, 9)
+    expected = plain(x)
+    if pack is DCNv2:  # the mask starts at 0.5 and leaves the bias alone
+        bias = plain.bias.view(1, -1, 1, 1)
+        expected = (expected - bias) / 2 + bias
+    assert_close(layer(x), expected)
+
+
+@PACKS
+def test_offsets_displace_the_samples(pack):
+    layer = pack(2, 3, 3, padding=1, bias=False)
+    taps = 9
+    with torch.no_grad():
+        layer.conv_offset.bias[: 2 * taps : 2] = 1.0  # every y by one pixel
+        layer.conv_offset.bias[2 * taps :] = 100.0  # mask of 1
+    x = torch.randn(1, 2, 8, 8)
+    shifted = nn.functional.conv2d(torch.cat([x[:, :, 1:], torch.zeros(1, 2, 1, 8)], 2), layer.weight, padding=1)
+    assert_close(layer(x)[:, :, 1:], shifted[:, :, 1:])
+
+
+@PACKS
+def test_old_checkpoints_load_through_any_parent(pack):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv2 = pack(4, 4, 3, padding=1)
+
+    new = randomised(nn.Sequential(Block(), Block()))
+    old = {key.replace("conv2.conv_offset.", "conv2_offset."): value for key, value in new.state_dict().items()}
+    assert "1.conv2_offset.bias" in old
+    for loader in (nn.Sequential(Block(), Block()), copy.deepcopy(nn.Sequential(Block(), Block()))):
+        loader.load_state_dict(old)  # strict
+        for key, value in new.state_dict().items():
+            assert torch.equal(loader.state_dict()[key], value)
+    assert "1.conv2_offset.bias" in old  # the caller's dict is left alone
+
+
+@PACKS
+def test_a_true_sibling_named_like_an_old_offset_stays(pack):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv2 = pack(4, 4, 3)
+            self.conv2_offset = nn.Conv2d(4, pack._channels_per_tap * 9, 3)
+
+    state = randomised(Block()).state_dict()
+    loaded = Block()
+    loaded.load_state_dict(state)
+    assert torch.equal(loaded.conv2_offset.weight, state["conv2_offset.weight"])
+    partial = {key: value for key, value in state.items() if "conv_offset" not in key}
+    assert loaded.load_state_dict(partial, strict=False).missing_keys == [
+        "conv2.conv_offset.weight",
+        "conv2.conv_offset.bias",
+    ]
+
+
+@PACKS
+def test_is_an_nn_conv2d_that_folds_with_a_batch_norm(pack):
+    fuse_conv_bn = pytest.importorskip("mmcv.cnn").fuse_conv_bn
+    model = randomised(nn.Sequential(pack(4, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6))).eval()
+    model[1].running_mean.normal_()
+    model[1].running_var.uniform_(0.5, 2)
+    x = torch.randn(2, 4, 8, 8)
+    expected = model(x)
+    fused = fuse_conv_bn(model)
+    assert isinstance(fused[0], nn.Conv2d) and isinstance(fused[1], nn.Identity)
+    assert_close(fused(x), expected, 1e-4)
+
+
+@PACKS
+def test_batch_norm_folded_on_the_fly_keeps_the_offsets(pack):
+    ConvModule = pytest.importorskip("mmcv.cnn").ConvModule
+    arguments = dict(conv_cfg=dict(type=pack), norm_cfg=dict(type="BN"), padding=1)
+    plain = randomised(ConvModule(4, 6, 3, **arguments)).eval()
+    on_the_fly = ConvModule(4, 6, 3, **arguments, efficient_conv_bn_eval=True).eval()
+    on_the_fly.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 4, 8, 8)
+    assert_close(on_the_fly(x), plain(x), 1e-4)
+
+
+@PACKS
+def test_gradients_reach_every_parameter(pack):
+    layer = pack(4, 6, 3, padding=1, bias=True)  # at its start, offsets zero
+    x = torch.randn(2, 4, 8, 8, requires_grad=True)
+    layer(x).square().sum().backward()
+    for name, tensor in [("x", x), *layer.named_parameters()]:
+        assert tensor.grad.abs().sum() > 0, name
+
+
+@PACKS
+def test_compiles_into_one_graph(pack):
+    layer = randomised(pack(4, 6, 3, padding=1, deform_groups=2))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 4, 8, 8, requires_grad=True)
+    grads = []
+    for run in (layer, compiled):
+        output = run(x)
+        grads.append((output, *torch.autograd.grad(output.square().sum(), [x, *layer.parameters()])))
+    for expected, actual in zip(*grads, strict=True):
+        assert_close(actual, expected)
+
+
+@PACKS
+def test_autocast(pack):
+    layer = randomised(pack(4, 6, 3, padding=1), scale=0.1)
+    x = torch.randn(2, 4, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(x)
+        output.float().sum().backward()
+    assert output.dtype is torch.bfloat16
+    assert_close(output.float(), layer(x), 0.05)
+    assert layer.conv_offset.weight.grad.dtype is torch.float32
+
+
+@PACKS
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtypes(pack, dtype):
+    layer = pack(4, 6, 3, padding=1, dtype=dtype)
+    assert {parameter.dtype for parameter in layer.parameters()} == {dtype}
+    assert layer(torch.randn(2, 4, 8, 8, dtype=dtype)).dtype is dtype
+
+
+@PACKS
+def test_copies_pickles_and_shows_itself(pack):
+    layer = randomised(nn.Sequential(pack(4, 4, 3, padding=1, deform_groups=2)))
+    x = torch.randn(1, 4, 6, 6)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin(x), layer(x))
+    assert "deform_groups=2" in repr(layer)
+
+
+@PACKS
+def test_map_smaller_than_the_kernel_and_empty_batch(pack):
+    layer = pack(4, 6, 5, padding=2)
+    assert layer(torch.randn(1, 4, 2, 3)).shape == (1, 6, 2, 3)
+    assert layer(torch.randn(0, 4, 7, 7)).shape == (0, 6, 7, 7)
+
+
+def test_layers_given_their_offsets():
+    x, offset, mask = torch.randn(2, 4, 8, 8), torch.randn(2, 18, 4, 4), torch.rand(2, 9, 4, 4)
+    v1 = DeformConv2d(4, 6, 3, stride=2, padding=1, groups=2)
+    assert_close(v1(x, offset), deform_conv2d(x, offset, v1.weight, None, 2, 1))
+    v2 = ModulatedDeformConv2d(4, 6, 3, stride=2, padding=1)
+    assert_close(v2(x, offset, mask), deform_conv2d(x, offset, v2.weight, v2.bias, 2, 1, mask=mask))
+    assert not isinstance(v2, DeformConv2d)
+
+
+def test_deprecated_name_of_deform_groups():
+    with pytest.warns(DeprecationWarning, match="use deform_groups"):
+        assert DCN(4, 4, 3, deformable_groups=2).deform_groups == 2
+    with pytest.raises(ValueError, match="deform_groups=2 and deformable_groups=4"):
+        DCN(4, 4, 3, deform_groups=2, deformable_groups=4)
+
+
+def test_string_padding():
+    x = torch.randn(1, 4, 9, 9)
+    assert DCN(4, 4, 3, padding="valid")(x).shape == (1, 4, 7, 7)
+    assert DCN(4, 4, (3, 5), padding="same", dilation=(1, 2))(x).shape == (1, 4, 9, 9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(deform_groups=3), r"in_channels \(4\) must be divisible by deform_groups \(3\)"),
+        (dict(deform_groups=0), r"deform_groups \(0\)"),
+        (dict(groups=3), "divisible by groups"),
+        (dict(padding_mode="reflect"), "padding_mode='reflect'"),
+        (dict(padding="same", stride=2), "'same'.*stride=2"),
+        (dict(padding="full"), "'full'"),
+        (dict(bias="never"), "'never'"),
+    ],
+)
+@PACKS
+def test_wrong_arguments_are_named(pack, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pack(4, 6, 3, **arguments)
