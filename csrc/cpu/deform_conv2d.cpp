@@ -16,12 +16,13 @@ namespace {
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Below, why each number: measured on shapes of ResNet-50 (benchmarks/NOTES.md). Only shapes decide, never the number
-// of threads, so that results repeat.
-constexpr int64_t kSlabChannels = 128;  // a slab's columns of a tile fit in a 1 MiB second-level cache
-constexpr int64_t kForwardRows = 96;    // output positions a tile
-constexpr int64_t kBackwardRows = 96;   // as much memory: columns and their gradients
-constexpr int64_t kBackwardTasks = 8;   // wanted at least, where there are images to share out
+// Measured on shapes of ResNet-50 (benchmarks/NOTES.md). Only shapes decide, never the number of threads, so that
+// results repeat. A tile's columns of a slab, and in the backward their gradients, fit in a 1 MiB second-level cache.
+constexpr int64_t kForwardSlab = 128;  // channels
+constexpr int64_t kBackwardSlab = 128;
+constexpr int64_t kLeastSlab = 32;
+constexpr int64_t kTileRows = 48;      // output positions
+constexpr int64_t kBackwardTasks = 4;  // wanted at least
 
 class OwnedPlan : public Plan {
  public:
@@ -36,8 +37,10 @@ class OwnedPlan : public Plan {
     group_channels = s.group_channels() * merged;
     group_out_channels = s.group_out_channels() * merged;
 
-    const int64_t slab_channels =
-        backward && s.batch * s.channels <= 2 * kSlabChannels ? kSlabChannels / 2 : kSlabChannels;
+    // The backward shares its tasks out by slabs: few channels and images make narrower ones.
+    int64_t slab_channels = backward ? kBackwardSlab : kForwardSlab;
+    while (backward && slab_channels > kLeastSlab && s.batch * s.channels < kBackwardTasks * slab_channels)
+      slab_channels /= 2;
     out_panels = divide_up(depthwise ? std::min(slab_channels, s.channels) : group_out_channels, lanes);
     max_padded = packed_weight = 0;
     for (int64_t c = 0; c < s.channels; c += storage_.back().width) {
@@ -51,8 +54,7 @@ class OwnedPlan : public Plan {
     slabs = storage_.data();
     slab_count = static_cast<int64_t>(storage_.size());
 
-    const int64_t most_rows = backward ? kBackwardRows : kForwardRows;
-    tiles = std::max<int64_t>(1, divide_up(s.positions(), most_rows));
+    tiles = std::max<int64_t>(1, divide_up(s.positions(), kTileRows));
     tile_rows = divide_up(divide_up(s.positions(), tiles), row_block) * row_block;
     tiles = divide_up(s.positions(), tile_rows);
     image_groups = std::min(s.batch, divide_up(kBackwardTasks, slab_count));
@@ -75,13 +77,27 @@ DeformConv2dShape checked_shape(const Tensor& input, const Tensor& offset, const
                                   sizes(padding), sizes(dilation));
 }
 
+MemoryFormat format_of(const Tensor& t) {
+  return prefers_channels_last(t) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+}
+
+// `weight` is contiguous in `format`; strides of axes of length 1 are anything.
+template <class T>
+WeightView<T> view(const Plan& plan, const Tensor& weight, MemoryFormat format) {
+  const int64_t channels = plan.shape.group_channels(), taps = plan.shape.taps();
+  T* data = static_cast<T*>(weight.data_ptr());
+  if (format == MemoryFormat::ChannelsLast) return {data, channels * taps, 1, channels};
+  return {data, channels * taps, taps, 1};
+}
+
 template <class T>
 void run_forward(const Plan& plan, const DeformConv2dKernels<T>& kernels, const Tensor& input, const Tensor& offset,
                  const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
                  const Tensor& output, bool channels_last) {
   const Tensor packed = empty(weight, {plan.packed_weight}, weight.scalar_type());
   torch::stable::parallel_for(0, plan.slab_count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) kernels.pack_weight(plan, i, data<T>(weight), data<T>(packed));
+    for (int64_t i = begin; i < end; ++i)
+      kernels.pack_weight(plan, i, view<const T>(plan, weight, format_of(weight)), data<T>(packed));
   });
   const ConvForward<T> args{plan,          data<T>(input),  data<T>(offset), data<T>(mask), data<T>(packed),
                             data<T>(bias), data<T>(output), channels_last};
@@ -101,8 +117,8 @@ Tensor forward(const Tensor& input, const Tensor& offset, const Tensor& weight, 
     const auto run = [&]<class T>(T) {
       const auto& kernels = select_deform_conv2d_kernels<T>();
       const OwnedPlan plan(shape, kernels.lanes, kernels.row_block, false);
-      run_forward<T>(plan, kernels, as(input, type, MemoryFormat::ChannelsLast), as(offset, type), as(weight, type),
-                     as(bias, type), as(mask, type), output, channels_last);
+      run_forward<T>(plan, kernels, as(input, type, MemoryFormat::ChannelsLast), as(offset, type),
+                     as(weight, type, format_of(weight)), as(bias, type), as(mask, type), output, channels_last);
     };
     type == ScalarType::Double ? run(double()) : run(float());
   }
@@ -146,7 +162,8 @@ void run_backward(const Plan& plan, const DeformConv2dKernels<T>& kernels, const
   Tensor grad_packed = zeros(input, {need_weight ? plan.image_groups * plan.packed_weight : 0}, type);
   if (need_columns)
     torch::stable::parallel_for(0, plan.slab_count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) kernels.pack_weight_transposed(plan, i, data<T>(weight), data<T>(packed));
+      for (int64_t i = begin; i < end; ++i)
+        kernels.pack_weight_transposed(plan, i, view<const T>(plan, weight, format_of(weight)), data<T>(packed));
     });
   const ConvBackward<T> args{plan,
                              data<T>(grad_output),
@@ -165,7 +182,7 @@ void run_backward(const Plan& plan, const DeformConv2dKernels<T>& kernels, const
   if (need_weight)
     torch::stable::parallel_for(0, plan.slab_count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
-        kernels.unpack_grad_weight(plan, i, data<T>(grad_packed), data<T>(grad.weight));
+        kernels.unpack_grad_weight(plan, i, data<T>(grad_packed), view<T>(plan, grad.weight, format_of(weight)));
     });
 }
 
@@ -179,7 +196,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, c
   check_shape(sizes(grad_output), {shape.batch, shape.out_channels, shape.out_height, shape.out_width}, "grad_output",
               "(N, Co, Ho, Wo)");
   const ScalarType type = compute_type(input.scalar_type());
-  const MemoryFormat format = prefers_channels_last(input) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
   // One pass over the samples gives grad_input, grad_offset and grad_mask together.
   const bool need_columns = need_input || need_sampling;
   const auto gradient_of = [&](bool needed, const Tensor& t, MemoryFormat f = MemoryFormat::Contiguous) {
@@ -187,22 +203,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, c
   };
   const Gradients grad{gradient_of(need_columns, input, MemoryFormat::ChannelsLast), gradient_of(need_columns, offset),
                        mask ? gradient_of(need_columns, *mask) : empty(input, {0}, type),
-                       gradient_of(need_weight, weight)};
+                       gradient_of(need_weight, weight, format_of(weight))};
   if (shape.batch > 0) {
     const auto run = [&]<class T>(T) {
       const auto& kernels = select_deform_conv2d_kernels<T>();
       const OwnedPlan plan(shape, kernels.lanes, kernels.row_block, true);
       run_backward<T>(plan, kernels, as(grad_output, type, MemoryFormat::ChannelsLast),
-                      as(input, type, MemoryFormat::ChannelsLast), as(offset, type), as(mask, type), as(weight, type),
-                      need_columns, need_weight, grad);
+                      as(input, type, MemoryFormat::ChannelsLast), as(offset, type), as(mask, type),
+                      as(weight, type, format_of(weight)), need_columns, need_weight, grad);
     };
     type == ScalarType::Double ? run(double()) : run(float());
   }
   const auto finish = [&](bool needed, const Tensor& g, MemoryFormat f = MemoryFormat::Contiguous) {
     return needed ? as(g, input.scalar_type(), f) : empty(input, {0}, input.scalar_type());
   };
-  return {finish(need_input, grad.input, format), finish(need_sampling, grad.offset),
-          finish(need_sampling && mask, grad.mask), finish(need_weight, grad.weight)};
+  return {finish(need_input, grad.input, format_of(input)), finish(need_sampling, grad.offset),
+          finish(need_sampling && mask, grad.mask), finish(need_weight, grad.weight, format_of(weight))};
 }
 
 }  // namespace

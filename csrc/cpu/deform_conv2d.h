@@ -40,6 +40,13 @@ struct Plan {
   int64_t image_groups;   // backward only
 };
 
+// A (Co, C / groups, taps) view of a weight, contiguous or channels last.
+template <class T>
+struct WeightView {
+  T* data;
+  int64_t out_stride, channel_stride, tap_stride;
+};
+
 template <class T>
 struct ConvForward {
   const Plan& plan;
@@ -70,10 +77,10 @@ template <class T>
 struct DeformConv2dKernels {
   int64_t lanes, row_block;
   int64_t (*scratch_bytes)(const Plan&, bool backward);
-  void (*pack_weight)(const Plan&, int64_t slab, const T* weight, T* packed);
-  void (*pack_weight_transposed)(const Plan&, int64_t slab, const T* weight, T* packed);
-  // Adds the image groups up in order; grad_weight is (Co, C / groups, kh, kw).
-  void (*unpack_grad_weight)(const Plan&, int64_t slab, const T* packed, T* grad_weight);
+  void (*pack_weight)(const Plan&, int64_t slab, WeightView<const T> weight, T* packed);
+  void (*pack_weight_transposed)(const Plan&, int64_t slab, WeightView<const T> weight, T* packed);
+  // Adds the image groups up in order.
+  void (*unpack_grad_weight)(const Plan&, int64_t slab, const T* packed, WeightView<T> grad_weight);
   void (*forward)(const ConvForward<T>&, int64_t tile, void* scratch);
   void (*backward)(const ConvBackward<T>&, int64_t slab, int64_t image_group, void* scratch);
 };

@@ -1,12 +1,12 @@
-// What every kernel and driver under csrc/cuda needs of CUDA. Two compilers read these sources: nvcc, and the host's C++
-// compiler with the test-suite's shim (tests/cuda_host/cuda_host.h), which runs the same kernels without a GPU. Where
-// the two differ, the difference is in this file, or behind a small function that the shim computes (inline PTX).
+// What every kernel and driver under csrc/cuda needs of CUDA. Two compilers read these sources: nvcc, and the host's
+// C++ compiler with the test-suite's shim (tests/cuda_host/cuda_host.h), which runs the same kernels without a GPU.
+// Where the two differ, the difference is in this file, or behind a small function that the shim computes (inline PTX).
 //
 //   driver   const DeviceScope device(input);             guards input's device and holds its current stream
 //            device.launch(kernel, {blocks, threads, shared_bytes}, args...);        instead of <<<>>>
 //            blocks_for(items, threads)                   blocks of a one-dimensional grid-stride launch
-//            dispatch(type, [&]<class T>(T) { ... })      T is the dtype's kernel type: float, double, half_t, bfloat16_t
-//            view(tensor, sizes, strides, offset)         another view of a tensor's memory
+//            dispatch(type, [&]<class T>(T) { ... })      T is the dtype's kernel type: float, double, half_t,
+//            bfloat16_t view(tensor, sizes, strides, offset)         another view of a tensor's memory
 //            STABLE_TORCH_LIBRARY_IMPL(dcn_plugin, DCN_DISPATCH_KEY, m) { ... }
 //   kernel   __global__, __device__, __launch_bounds__, threadIdx ..., __syncthreads, __syncwarp, __shfl_*_sync,
 //            __ballot_sync, atomicAdd, __ldg, __popc, __ffs      as in CUDA

@@ -81,7 +81,7 @@ def _fake_backward(
         gradient(need_input, input, memory_format_of(input)),
         gradient(need_sampling, offset),
         gradient(need_sampling and mask is not None, mask),
-        gradient(need_weight, weight),
+        gradient(need_weight, weight, memory_format_of(weight)),
     )
 
 

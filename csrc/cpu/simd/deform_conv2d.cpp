@@ -228,17 +228,17 @@ void backward(const ConvBackward<T>& args, int64_t index, int64_t image_group, v
 }
 
 template <class T>
-void pack(const Plan& plan, int64_t slab, const T* weight, T* packed) {
+void pack(const Plan& plan, int64_t slab, WeightView<const T> weight, T* packed) {
   plan.depthwise ? pack_depthwise(plan, slab, weight, packed) : pack_weight(plan, slab, weight, packed);
 }
 
 template <class T>
-void pack_transposed(const Plan& plan, int64_t slab, const T* weight, T* packed) {
+void pack_transposed(const Plan& plan, int64_t slab, WeightView<const T> weight, T* packed) {
   plan.depthwise ? pack_depthwise(plan, slab, weight, packed) : pack_weight_transposed(plan, slab, weight, packed);
 }
 
 template <class T>
-void unpack(const Plan& plan, int64_t slab, const T* packed, T* grad_weight) {
+void unpack(const Plan& plan, int64_t slab, const T* packed, WeightView<T> grad_weight) {
   plan.depthwise ? unpack_depthwise(plan, slab, packed, grad_weight)
                  : unpack_grad_weight(plan, slab, packed, grad_weight);
 }

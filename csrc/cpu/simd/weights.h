@@ -5,17 +5,17 @@
 
 namespace dcn::cpu::DCN_ISA {
 
-// Where weight[out_channel, :, tap 0] of an input channel stands, or null where the block-diagonal has no entry.
+// Where weight[out_channel, channel, tap 0] of an input channel stands, or null where the block-diagonal has no entry.
 template <class T>
-static inline T* weight_at(const Plan& plan, T* weight, int64_t out_channel, int64_t channel) {
+static inline T* weight_at(const Plan& plan, WeightView<T> weight, int64_t out_channel, int64_t channel) {
   const DeformConv2dShape& s = plan.shape;
   if (out_channel / s.group_out_channels() != channel / s.group_channels()) return nullptr;
-  return weight + (out_channel * s.group_channels() + channel % s.group_channels()) * s.taps();
+  return weight.data + out_channel * weight.out_stride + channel % s.group_channels() * weight.channel_stride;
 }
 
 // Calls visit(weight pointer or null, row of the slab's columns at tap 0, output channel in the group) for all weights.
 template <class T, class Visit>
-static inline void for_each_weight(const Plan& plan, const Slab& slab, T* weight, Visit visit) {
+static inline void for_each_weight(const Plan& plan, const Slab& slab, WeightView<T> weight, Visit visit) {
   for (int64_t o = 0; o < plan.out_panels * plan.lanes; ++o)
     for (int64_t c = 0; c < slab.padded; ++c) {
       const bool inside = o < plan.group_out_channels && c < slab.width;
@@ -31,22 +31,23 @@ static inline int64_t packed_index(const Plan& plan, const Slab& slab, int64_t t
 }
 
 template <class T>
-static void pack_weight(const Plan& plan, int64_t index, const T* weight, T* packed) {
+static void pack_weight(const Plan& plan, int64_t index, WeightView<const T> weight, T* packed) {
   const Slab& slab = plan.slabs[index];
   for_each_weight(plan, slab, weight, [&](const T* from, int64_t c, int64_t o) {
     for (int64_t tap = 0; tap < plan.shape.taps(); ++tap)
-      packed[packed_index(plan, slab, tap, c, o)] = from ? from[tap] : T(0);
+      packed[packed_index(plan, slab, tap, c, o)] = from ? from[tap * weight.tap_stride] : T(0);
   });
 }
 
 // Panels of output channels x (taps * padded channels), the B of grad_output * transpose(weight).
 template <class T>
-static void pack_weight_transposed(const Plan& plan, int64_t index, const T* weight, T* packed) {
+static void pack_weight_transposed(const Plan& plan, int64_t index, WeightView<const T> weight, T* packed) {
   const Slab& slab = plan.slabs[index];
   const int64_t lanes = plan.lanes, rows = plan.out_panels * lanes;
   for_each_weight(plan, slab, weight, [&](const T* from, int64_t c, int64_t o) {
     for (int64_t tap = 0; tap < plan.shape.taps(); ++tap)
-      packed[slab.weights + ((tap * slab.padded + c) / lanes * rows + o) * lanes + c % lanes] = from ? from[tap] : T(0);
+      packed[slab.weights + ((tap * slab.padded + c) / lanes * rows + o) * lanes + c % lanes] =
+          from ? from[tap * weight.tap_stride] : T(0);
   });
 }
 
@@ -59,31 +60,33 @@ static inline T sum_shares(const Plan& plan, const T* packed) {
 }
 
 template <class T>
-static void unpack_grad_weight(const Plan& plan, int64_t index, const T* packed, T* grad_weight) {
+static void unpack_grad_weight(const Plan& plan, int64_t index, const T* packed, WeightView<T> grad_weight) {
   const Slab& slab = plan.slabs[index];
   for_each_weight(plan, slab, grad_weight, [&](T* to, int64_t c, int64_t o) {
     for (int64_t tap = 0; to && tap < plan.shape.taps(); ++tap)
-      to[tap] = sum_shares(plan, packed + packed_index(plan, slab, tap, c, o));
+      to[tap * grad_weight.tap_stride] = sum_shares(plan, packed + packed_index(plan, slab, tap, c, o));
   });
 }
 
 // Depthwise, (taps, padded channels) a slab: the channel is the output channel.
 template <class T>
-static void pack_depthwise(const Plan& plan, int64_t index, const T* weight, T* packed) {
+static void pack_depthwise(const Plan& plan, int64_t index, WeightView<const T> weight, T* packed) {
   const Slab& slab = plan.slabs[index];
   const int64_t taps = plan.shape.taps();
   for (int64_t tap = 0; tap < taps; ++tap)
     for (int64_t c = 0; c < slab.padded; ++c)
-      packed[slab.weights + tap * slab.padded + c] = c < slab.width ? weight[(slab.channel + c) * taps + tap] : T(0);
+      packed[slab.weights + tap * slab.padded + c] =
+          c < slab.width ? weight_at(plan, weight, slab.channel + c, slab.channel + c)[tap * weight.tap_stride] : T(0);
 }
 
 template <class T>
-static void unpack_depthwise(const Plan& plan, int64_t index, const T* packed, T* grad_weight) {
+static void unpack_depthwise(const Plan& plan, int64_t index, const T* packed, WeightView<T> grad_weight) {
   const Slab& slab = plan.slabs[index];
   const int64_t taps = plan.shape.taps();
   for (int64_t c = 0; c < slab.width; ++c)
     for (int64_t tap = 0; tap < taps; ++tap)
-      grad_weight[(slab.channel + c) * taps + tap] = sum_shares(plan, packed + slab.weights + tap * slab.padded + c);
+      weight_at(plan, grad_weight, slab.channel + c, slab.channel + c)[tap * grad_weight.tap_stride] =
+          sum_shares(plan, packed + slab.weights + tap * slab.padded + c);
 }
 
 }  // namespace dcn::cpu::DCN_ISA
