@@ -90,39 +90,48 @@ WeightView<T> view(const Plan& plan, const Tensor& weight, MemoryFormat format) 
   return {data, channels * taps, taps, 1};
 }
 
-template <class T>
-void run_forward(const Plan& plan, const DeformConv2dKernels<T>& kernels, const Tensor& input, const Tensor& offset,
-                 const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
-                 const Tensor& output, bool channels_last) {
+// Every tensor of maps and weights has Element's dtype, every other T's.
+template <class T, class Element>
+void run_forward(const Plan& plan, const DeformConv2dForward<T, Element>& kernels, const Tensor& input,
+                 const Tensor& offset, const Tensor& weight, const std::optional<Tensor>& bias,
+                 const std::optional<Tensor>& mask, const Tensor& output, bool channels_last) {
   const Tensor packed = empty(weight, {plan.packed_weight}, weight.scalar_type());
   torch::stable::parallel_for(0, plan.slab_count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      kernels.pack_weight(plan, i, view<const T>(plan, weight, format_of(weight)), data<T>(packed));
+      kernels.pack_weight(plan, i, view<const Element>(plan, weight, format_of(weight)), data<Element>(packed));
   });
-  const ConvForward<T> args{plan,          data<T>(input),  data<T>(offset), data<T>(mask), data<T>(packed),
-                            data<T>(bias), data<T>(output), channels_last};
-  parallel_tasks(plan.shape.batch * plan.tiles, kernels.scratch_bytes(plan, false),
+  const ConvForward<T, Element> args{
+      plan,          data<Element>(input),  data<T>(offset), data<T>(mask), data<Element>(packed),
+      data<T>(bias), data<Element>(output), channels_last};
+  parallel_tasks(plan.shape.batch * plan.tiles, kernels.scratch_bytes(plan),
                  [&](int64_t tile, void* scratch) { kernels.forward(args, tile, scratch); });
 }
 
 Tensor forward(const Tensor& input, const Tensor& offset, const Tensor& weight, const std::optional<Tensor>& bias,
                const std::optional<Tensor>& mask, IntList stride, IntList padding, IntList dilation) {
   const auto shape = checked_shape(input, offset, weight, bias, mask, stride, padding, dilation);
-  const ScalarType type = compute_type(input.scalar_type());
-  const bool channels_last = prefers_channels_last(input);
-  const MemoryFormat format = channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-  const Tensor output =
-      empty(input, {shape.batch, shape.out_channels, shape.out_height, shape.out_width}, type, format);
-  if (shape.batch > 0) {
-    const auto run = [&]<class T>(T) {
-      const auto& kernels = select_deform_conv2d_kernels<T>();
-      const OwnedPlan plan(shape, kernels.lanes, kernels.row_block, false);
-      run_forward<T>(plan, kernels, as(input, type, MemoryFormat::ChannelsLast), as(offset, type),
-                     as(weight, type, format_of(weight)), as(bias, type), as(mask, type), output, channels_last);
-    };
-    type == ScalarType::Double ? run(double()) : run(float());
+  const ScalarType type = input.scalar_type(), compute = compute_type(type);
+  const MemoryFormat format = format_of(input);
+  const IntList size{shape.batch, shape.out_channels, shape.out_height, shape.out_width};
+  if (shape.batch == 0) return empty(input, size, type, format);
+
+  const auto run = [&]<class T, class Element>(T, Element, const Plan& plan,
+                                               const DeformConv2dForward<T, Element>& kernels, ScalarType stored) {
+    const Tensor output = empty(input, size, stored, format);
+    run_forward<T, Element>(plan, kernels, as(input, stored, MemoryFormat::ChannelsLast), as(offset, compute),
+                            as(weight, stored, format_of(weight)), as(bias, compute), as(mask, compute), output,
+                            format == MemoryFormat::ChannelsLast);
+    return stored == type ? output : torch::stable::to(output, type);
+  };
+  if (compute == ScalarType::Double) {
+    const auto& kernels = select_deform_conv2d_kernels<double>();
+    return run(double(), double(), OwnedPlan(shape, kernels.lanes, kernels.row_block, false), kernels.forward, compute);
   }
-  return type == input.scalar_type() ? output : torch::stable::to(output, input.scalar_type());
+  const auto& kernels = select_deform_conv2d_kernels<float>();
+  const OwnedPlan plan(shape, kernels.lanes, kernels.row_block, false);
+  if (type == ScalarType::BFloat16 && kernels.bfloat16_forward.forward && !plan.depthwise)
+    return run(float(), Bfloat16(), plan, kernels.bfloat16_forward, type);
+  return run(float(), float(), plan, kernels.forward, compute);
 }
 
 struct Gradients {
@@ -174,7 +183,7 @@ void run_backward(const Plan& plan, const DeformConv2dKernels<T>& kernels, const
                              need_columns ? data<T>(grad.input) : nullptr,
                              need_columns ? data<T>(shares) : nullptr,
                              need_weight ? data<T>(grad_packed) : nullptr};
-  parallel_tasks(plan.slab_count * plan.image_groups, kernels.scratch_bytes(plan, true),
+  parallel_tasks(plan.slab_count * plan.image_groups, kernels.backward_scratch_bytes(plan),
                  [&](int64_t task, void* scratch) {
                    kernels.backward(args, task % plan.slab_count, task / plan.slab_count, scratch);
                  });

@@ -13,6 +13,7 @@
 
 #include "../deform_conv2d.h"
 #include "../sampling.h"
+#include "bfloat16.h"
 
 namespace dcn::cpu {
 
@@ -47,15 +48,16 @@ struct WeightView {
   int64_t out_stride, channel_stride, tap_stride;
 };
 
-template <class T>
+// T is what is computed in, Element what maps and weights are stored as.
+template <class T, class Element>
 struct ConvForward {
   const Plan& plan;
-  const T* input;          // (N, H, W, C)
-  const T* offset;         // (N, 2 * deform_groups * taps, Ho * Wo)
-  const T* mask;           // (N, deform_groups * taps, Ho * Wo), or null
-  const T* packed_weight;  // by pack_weight
-  const T* bias;           // (Co,), or null
-  T* output;               // (N, Ho * Wo, Co) if channels_last, else (N, Co, Ho * Wo)
+  const Element* input;          // (N, H, W, C)
+  const T* offset;               // (N, 2 * deform_groups * taps, Ho * Wo)
+  const T* mask;                 // (N, deform_groups * taps, Ho * Wo), or null
+  const Element* packed_weight;  // by pack_weight
+  const T* bias;                 // (Co,), or null
+  Element* output;               // (N, Ho * Wo, Co) if channels_last, else (N, Co, Ho * Wo)
   bool channels_last;
 };
 
@@ -72,17 +74,25 @@ struct ConvBackward {
   T* grad_weight;    // (image_groups, packed_weight), zero on entry, or null
 };
 
+// What of the forward depends on how maps are stored.
+template <class T, class Element>
+struct DeformConv2dForward {
+  int64_t (*scratch_bytes)(const Plan&);
+  void (*pack_weight)(const Plan&, int64_t slab, WeightView<const Element> weight, Element* packed);
+  void (*forward)(const ConvForward<T, Element>&, int64_t tile, void* scratch);
+};
+
 // One of these for each instruction set.
 template <class T>
 struct DeformConv2dKernels {
   int64_t lanes, row_block;
-  int64_t (*scratch_bytes)(const Plan&, bool backward);
-  void (*pack_weight)(const Plan&, int64_t slab, WeightView<const T> weight, T* packed);
+  DeformConv2dForward<T, T> forward;
+  DeformConv2dForward<T, Bfloat16> bfloat16_forward;  // null where the processor has no product of bfloat16
+  int64_t (*backward_scratch_bytes)(const Plan&);
   void (*pack_weight_transposed)(const Plan&, int64_t slab, WeightView<const T> weight, T* packed);
+  void (*backward)(const ConvBackward<T>&, int64_t slab, int64_t image_group, void* scratch);
   // Adds the image groups up in order.
   void (*unpack_grad_weight)(const Plan&, int64_t slab, const T* packed, WeightView<T> grad_weight);
-  void (*forward)(const ConvForward<T>&, int64_t tile, void* scratch);
-  void (*backward)(const ConvBackward<T>&, int64_t slab, int64_t image_group, void* scratch);
 };
 
 }  // namespace dcn::cpu

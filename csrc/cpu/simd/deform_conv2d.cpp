@@ -1,6 +1,7 @@
 #include "../deform_conv2d.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "arena.h"
 #include "gemm.h"
@@ -11,35 +12,40 @@ namespace dcn::cpu {
 namespace DCN_ISA {
 namespace {
 
-// Buffers of a task.
-template <class T>
+// Buffers of a task; columns are stored as the maps are.
+template <class T, class Element = T>
 struct Scratch {
   Scratch(const Plan& plan, bool backward, Arena arena) : table(plan.shape.taps(), plan.tile_rows, arena) {
     const int64_t rows = plan.tile_rows, depth = plan.depthwise ? 0 : plan.shape.taps() * plan.max_padded;
-    columns = arena.take<T>(rows * depth);
+    columns = arena.take<Element>(rows * depth);
     out = arena.take<T>(rows * plan.out_panels * kLanes<T>);
-    zeros = arena.take<T>(plan.max_padded);
+    zeros = arena.take<Element>(plan.max_padded);
     if (backward) {
       grad_columns = arena.take<T>(rows * depth);
       unused = arena.take<T>(plan.max_padded);
     }
     bytes = arena.used();
     if (!zeros) return;
-    std::fill_n(zeros, plan.max_padded, T(0));
+    std::fill_n(zeros, plan.max_padded, Element{});
     if (backward) std::fill_n(unused, plan.max_padded, T(0));
   }
   SampleTable<T> table;
-  T* columns;                 // blocks: rows x (taps * padded channels of a slab)
+  Element* columns;           // blocks: rows x (taps * padded channels of a slab)
   T* out;                     // blocks: rows x output channels of a group (depthwise: a slab), or their gradient
-  T* zeros;                   // what the map holds outside its borders
+  Element* zeros;             // what the map holds outside its borders
   T* grad_columns = nullptr;  // as columns
   T* unused = nullptr;        // where gradients of pixels outside the borders go
   int64_t bytes;
 };
 
+template <class T, class Element>
+int64_t forward_scratch_bytes(const Plan& plan) {
+  return Scratch<T, Element>(plan, false, Arena(nullptr)).bytes;
+}
+
 template <class T>
-int64_t scratch_bytes(const Plan& plan, bool backward) {
-  return Scratch<T>(plan, backward, Arena(nullptr)).bytes;
+int64_t backward_scratch_bytes(const Plan& plan) {
+  return Scratch<T>(plan, true, Arena(nullptr)).bytes;
 }
 
 Tile tile_of(const Plan& plan, int64_t image, int64_t first) {
@@ -52,8 +58,9 @@ int64_t map_start(const DeformConv2dShape& s, int64_t image, const Slab& slab) {
 }
 
 // Writes `width` output channels from `first_channel` on.
-template <class T>
-void store_output(const ConvForward<T>& args, Tile tile, int64_t first_channel, int64_t width, Blocks<const T> out) {
+template <class T, class Element>
+void store_output(const ConvForward<T, Element>& args, Tile tile, int64_t first_channel, int64_t width,
+                  Blocks<const T> out) {
   constexpr int L = kLanes<T>;
   const int64_t positions = args.plan.shape.positions(), out_channels = args.plan.shape.out_channels;
   for_each_vector<T>(width, [&](int64_t v, int64_t count) {
@@ -64,12 +71,15 @@ void store_output(const ConvForward<T>& args, Tile tile, int64_t first_channel, 
       const int64_t position = tile.first + block * kRowBlock;
       const int64_t rows = std::min<int64_t>(kRowBlock, tile.first + tile.rows - position);
       if (args.channels_last) {
-        T* to = args.output + (tile.image * positions + position) * out_channels + channel;
+        Element* to = args.output + (tile.image * positions + position) * out_channels + channel;
         for (int64_t r = 0; r < rows; ++r) store(to + r * out_channels, load(from + r * L) + bias, count);
       } else {
-        T* to = args.output + (tile.image * out_channels + channel) * positions + position;
-        for (int64_t lane = 0; lane < count; ++lane)
-          for (int64_t r = 0; r < rows; ++r) to[lane * positions + r] = from[r * L + lane] + bias[lane];
+        Element* to = args.output + (tile.image * out_channels + channel) * positions + position;
+        Element row[L];
+        for (int64_t r = 0; r < rows; ++r) {
+          store(row, load(from + r * L) + bias);
+          for (int64_t lane = 0; lane < count; ++lane) to[lane * positions + r] = row[lane];
+        }
       }
     }
   });
@@ -90,30 +100,31 @@ void load_grad_output(const ConvBackward<T>& args, Tile tile, int64_t first_chan
 
 // Where the vector of channel 0 lies in a matrix of blocks that has `panels` panels for each of the columns' taps;
 // channel c, a multiple of lanes, follows at + c * kRowBlock.
-template <class T>
-T* at_sample(T* blocks, int64_t row, int64_t tap, int64_t taps, int64_t panels) {
+template <class T, class Element>
+Element* at_sample(Element* blocks, int64_t row, int64_t tap, int64_t taps, int64_t panels) {
   return blocks + ((row / kRowBlock * taps + tap) * panels * kRowBlock + row % kRowBlock) * kLanes<T>;
 }
 
-template <class T>
-void gather_columns(const Plan& plan, const Slab& slab, Tile tile, const T* map, const Scratch<T>& scratch) {
+template <class T, class Element>
+void gather_columns(const Plan& plan, const Slab& slab, Tile tile, const Element* map,
+                    const Scratch<T, Element>& scratch) {
   const int64_t taps = plan.shape.taps();
   gather(plan.shape, scratch.table, tile, map, scratch.zeros, slab.width, [&](int64_t row, int64_t tap) {
-    T* to = at_sample(scratch.columns, row, tap, taps, slab.padded / kLanes<T>);
+    Element* to = at_sample<T>(scratch.columns, row, tap, taps, slab.padded / kLanes<T>);
     return [to](int64_t c, Vec<T> value) { store(to + c * kRowBlock, value); };
   });
 }
 
-template <class T>
-void forward_slab(const ConvForward<T>& args, Tile tile, int64_t index, const Scratch<T>& scratch) {
+template <class T, class Element>
+void forward_slab(const ConvForward<T, Element>& args, Tile tile, int64_t index, const Scratch<T, Element>& scratch) {
   const Plan& plan = args.plan;
   const Slab& slab = plan.slabs[index];
   const int64_t depth = plan.shape.taps() * slab.padded;
   gather_columns(plan, slab, tile, args.input + map_start(plan.shape, tile.image, slab), scratch);
   const bool begins_group = index == 0 || plan.slabs[index - 1].group != slab.group;
   const bool ends_group = index + 1 == plan.slab_count || plan.slabs[index + 1].group != slab.group;
-  multiply<T>({scratch.out, plan.out_panels}, {scratch.columns, depth / kLanes<T>},
-              {args.packed_weight + slab.weights, depth}, tile.blocks(), !begins_group);
+  multiply<T, Element>({scratch.out, plan.out_panels}, {scratch.columns, depth / kLanes<T>},
+                       {args.packed_weight + slab.weights, depth}, tile.blocks(), !begins_group);
   if (ends_group)
     store_output<T>(args, tile, slab.group * plan.group_out_channels, plan.group_out_channels,
                     {scratch.out, plan.out_panels});
@@ -121,12 +132,12 @@ void forward_slab(const ConvForward<T>& args, Tile tile, int64_t index, const Sc
 
 // One weight a tap and channel: multiplied while gathering, without columns.
 template <class T>
-void forward_depthwise_slab(const ConvForward<T>& args, Tile tile, int64_t index, const Scratch<T>& scratch) {
+void forward_depthwise_slab(const ConvForward<T, T>& args, Tile tile, int64_t index, const Scratch<T>& scratch) {
   const Slab& slab = args.plan.slabs[index];
   const int64_t panels = slab.padded / kLanes<T>;
   gather(args.plan.shape, scratch.table, tile, args.input + map_start(args.plan.shape, tile.image, slab), scratch.zeros,
          slab.width, [&](int64_t row, int64_t tap) {
-           T* to = at_sample(scratch.out, row, 0, 1, panels);
+           T* to = at_sample<T>(scratch.out, row, 0, 1, panels);
            const T* weight = args.packed_weight + slab.weights + tap * slab.padded;
            return [=](int64_t c, Vec<T> value) {
              value *= load(weight + c);
@@ -136,16 +147,22 @@ void forward_depthwise_slab(const ConvForward<T>& args, Tile tile, int64_t index
   store_output<T>(args, tile, slab.channel, slab.width, {scratch.out, panels});
 }
 
-template <class T>
-void forward(const ConvForward<T>& args, int64_t index, void* memory) {
+template <class T, class Element>
+void forward(const ConvForward<T, Element>& args, int64_t index, void* memory) {
   const Plan& plan = args.plan;
-  const Scratch<T> scratch(plan, false, Arena(memory));
+  const Scratch<T, Element> scratch(plan, false, Arena(memory));
   const Tile tile = tile_of(plan, index / plan.tiles, index % plan.tiles * plan.tile_rows);
   int64_t located = -1;
   for (int64_t i = 0; i < plan.slab_count; ++i) {
     if (plan.slabs[i].deform_group != located)
       locate(plan.shape, args.offset, args.mask, located = plan.slabs[i].deform_group, tile, scratch.table);
-    plan.depthwise ? forward_depthwise_slab(args, tile, i, scratch) : forward_slab(args, tile, i, scratch);
+    if constexpr (std::is_same_v<T, Element>) {
+      if (plan.depthwise) {
+        forward_depthwise_slab(args, tile, i, scratch);
+        continue;
+      }
+    }
+    forward_slab(args, tile, i, scratch);
   }
 }
 
@@ -160,12 +177,12 @@ void backward_slab(const ConvBackward<T>& args, Tile tile, const Slab& slab, T* 
   load_grad_output<T>(args, tile, slab.group * plan.group_out_channels, plan.group_out_channels,
                       {scratch.out, plan.out_panels});
   if (args.packed_weight) {
-    multiply<T>({scratch.grad_columns, depth / L}, grad_out, {args.packed_weight + slab.weights, plan.out_panels * L},
-                tile.blocks(), false);
+    multiply<T, T>({scratch.grad_columns, depth / L}, grad_out,
+                   {args.packed_weight + slab.weights, plan.out_panels * L}, tile.blocks(), false);
     scatter(plan.shape, scratch.table, tile, args.input + start, args.grad_input + start, scratch.zeros, scratch.unused,
             slab.width, grad_sampling, [&](int64_t row, int64_t tap) {
-              T* columns = at_sample(scratch.columns, row, tap, taps, slab.padded / L);
-              const T* grad_columns = at_sample(scratch.grad_columns, row, tap, taps, slab.padded / L);
+              T* columns = at_sample<T>(scratch.columns, row, tap, taps, slab.padded / L);
+              const T* grad_columns = at_sample<T>(scratch.grad_columns, row, tap, taps, slab.padded / L);
               return [=](int64_t c, Vec<T> value) {
                 store(columns + c * kRowBlock, value);
                 return load(grad_columns + c * kRowBlock);
@@ -184,7 +201,7 @@ void backward_depthwise_slab(const ConvBackward<T>& args, Tile tile, const Slab&
   const int64_t start = map_start(args.plan.shape, tile.image, slab);
   load_grad_output<T>(args, tile, slab.channel, slab.width, {scratch.out, panels});
   const auto add_to_weight = [&](int64_t row, int64_t tap) {
-    const T* grad_out = at_sample(scratch.out, row, 0, 1, panels);
+    const T* grad_out = at_sample<T>(scratch.out, row, 0, 1, panels);
     T* sums = grad_weight + tap * slab.padded;
     return [=](int64_t c, Vec<T> value) {
       if (grad_weight) store(sums + c, load(sums + c) + value * load(grad_out + c * kRowBlock));
@@ -194,7 +211,7 @@ void backward_depthwise_slab(const ConvBackward<T>& args, Tile tile, const Slab&
     scatter(args.plan.shape, scratch.table, tile, args.input + start, args.grad_input + start, scratch.zeros,
             scratch.unused, slab.width, grad_sampling, [&](int64_t row, int64_t tap) {
               const auto add = add_to_weight(row, tap);
-              const T* grad_out = at_sample(scratch.out, row, 0, 1, panels);
+              const T* grad_out = at_sample<T>(scratch.out, row, 0, 1, panels);
               const T* weight = args.packed_weight + slab.weights + tap * slab.padded;
               return [=](int64_t c, Vec<T> value) {
                 add(c, value);
@@ -247,7 +264,20 @@ void unpack(const Plan& plan, int64_t slab, const T* packed, WeightView<T> grad_
 
 template <class T>
 DeformConv2dKernels<T> deform_conv2d_kernels() {
-  return {kLanes<T>, kRowBlock, scratch_bytes<T>, pack<T>, pack_transposed<T>, unpack<T>, forward<T>, backward<T>};
+  DeformConv2dKernels<T> kernels{kLanes<T>,
+                                 kRowBlock,
+                                 {forward_scratch_bytes<T, T>, pack<T>, forward<T, T>},
+                                 {},
+                                 backward_scratch_bytes<T>,
+                                 pack_transposed<T>,
+                                 backward<T>,
+                                 unpack<T>};
+#if DCN_BFLOAT16_PRODUCT
+  if constexpr (std::is_same_v<T, float>)
+    if (__builtin_cpu_supports("avx512bf16"))
+      kernels.bfloat16_forward = {forward_scratch_bytes<T, Bfloat16>, pack_weight, forward<T, Bfloat16>};
+#endif
+  return kernels;
 }
 template DeformConv2dKernels<float> deform_conv2d_kernels();
 template DeformConv2dKernels<double> deform_conv2d_kernels();

@@ -11,6 +11,11 @@
 #pragma once
 #include "vec.h"
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#define DCN_BFLOAT16_PRODUCT 1  // compiled; whether the processor has it is asked at run time
+#endif
+
 namespace dcn::cpu::DCN_ISA {
 
 // Rows of one register block: kRowBlock x 2 accumulators, two vectors of B and one broadcast fill the register file.
@@ -58,17 +63,56 @@ static inline void multiply_block(const T* a, const T* b, int64_t b_panel, T* c,
     for (int n = 0; n < Columns; ++n) store(c + (n * kRowBlock + r) * L, sums[r][n]);
 }
 
+#if DCN_BFLOAT16_PRODUCT
+// The same in bfloat16 with float sums, two rows of B at a time: B holds them interleaved, (b[k, n], b[k + 1, n]) for
+// each column n, and A's neighbouring columns are broadcast together.
+template <class T, int Columns>
+__attribute__((target("avx512bf16"))) static inline void multiply_block(const Bfloat16* a, const Bfloat16* b,
+                                                                        int64_t b_panel, float* c, int64_t depth,
+                                                                        bool accumulate) {
+  constexpr int L = kLanes<float>;
+  __m512 sums[kRowBlock][Columns];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRowBlock; ++r)
+#pragma GCC unroll 2
+    for (int n = 0; n < Columns; ++n)
+      sums[r][n] = accumulate ? _mm512_loadu_ps(c + (n * kRowBlock + r) * L) : _mm512_setzero_ps();
+  for (int64_t panel = 0; panel < depth; ++panel, a += kRowBlock * L) {
+#pragma GCC unroll 2
+    for (int k = 0; k < L; k += 2, b += 2 * L) {
+      __m512bh row[Columns];
+#pragma GCC unroll 2
+      for (int n = 0; n < Columns; ++n) row[n] = (__m512bh)_mm512_loadu_si512(b + n * b_panel);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRowBlock; ++r) {
+        int32_t pair;
+        __builtin_memcpy(&pair, a + r * L + k, sizeof(pair));
+#pragma GCC unroll 2
+        for (int n = 0; n < Columns; ++n)
+          sums[r][n] = _mm512_dpbf16_ps(sums[r][n], row[n], (__m512bh)_mm512_set1_epi32(pair));
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRowBlock; ++r)
+#pragma GCC unroll 2
+    for (int n = 0; n < Columns; ++n) _mm512_storeu_ps(c + (n * kRowBlock + r) * L, sums[r][n]);
+}
+#endif
+
 // C (+)= A B over `blocks` blocks of rows. The columns are the outer loop: two panels of B stay in the second-level
 // cache while A streams past them.
-template <class T>
-static void multiply(Blocks<T> c, Blocks<const T> a, Panels<const T> b, int64_t blocks, bool accumulate) {
+template <class T, class Element>
+static void multiply(Blocks<T> c, Blocks<const Element> a, Panels<const Element> b, int64_t blocks, bool accumulate) {
   const int64_t b_panel = b.rows * kLanes<T>;
   for (int64_t n = 0; n < c.panels; n += 2) {
+    const Element* columns = b.data + n * b_panel;
     for (int64_t i = 0; i < blocks; ++i) {
+      const Element* rows = a.data + i * a.panels * kRowBlock * kLanes<T>;
       if (n + 1 < c.panels)
-        multiply_block<T, 2>(a.block(i), b.panel(n), b_panel, c.panel(i, n), a.panels, accumulate);
+        multiply_block<T, 2>(rows, columns, b_panel, c.panel(i, n), a.panels, accumulate);
       else
-        multiply_block<T, 1>(a.block(i), b.panel(n), b_panel, c.panel(i, n), a.panels, accumulate);
+        multiply_block<T, 1>(rows, columns, b_panel, c.panel(i, n), a.panels, accumulate);
     }
   }
 }

@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../bfloat16.h"
+
 #ifndef DCN_ISA
 #error "DCN_ISA names the instruction set a file of cpu/simd is compiled for"
 #endif
@@ -25,10 +27,16 @@ constexpr int kVectorRegisters = 16;
 template <class T>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
 
-// GCC and Clang lower operators on this type to the target's instructions, and fuse a * b + c.
+// GCC and Clang lower operators on these types to the target's instructions, and fuse a * b + c.
 template <class T>
-struct VectorOf {
-  typedef T type __attribute__((vector_size(kVectorBytes)));
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(kVectorBytes)));
 };
 template <class T>
 using Vec = typename VectorOf<T>::type;
@@ -66,6 +74,37 @@ static inline void for_each_vector(int64_t width, Visit visit) {
   int64_t v = 0;
   for (; (v + 1) * kLanes<T> <= width; ++v) visit(v, static_cast<int64_t>(kLanes<T>));
   if (v * kLanes<T> < width) visit(v, width - v * kLanes<T>);
+}
+
+typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint32_t FloatBits __attribute__((vector_size(kVectorBytes)));
+
+static inline Vec<float> load(const Bfloat16* p) {
+  HalfBits half;
+  __builtin_memcpy(&half, p, sizeof(half));
+  return reinterpret_cast<Vec<float>>(__builtin_convertvector(half, FloatBits) << 16);
+}
+
+static inline void store(Bfloat16* p, Vec<float> v) {
+  const FloatBits bits = reinterpret_cast<FloatBits>(v);
+  const FloatBits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const FloatBits quiet_nan = FloatBits{} + 0x7fc0;
+  const HalfBits half = __builtin_convertvector(v == v ? rounded : quiet_nan, HalfBits);
+  __builtin_memcpy(p, &half, sizeof(half));
+}
+
+static inline Vec<float> load(const Bfloat16* p, int64_t count) {
+  if (count == kLanes<float>) return load(p);
+  Bfloat16 whole[kLanes<float>] = {};
+  for (int64_t i = 0; i < count; ++i) whole[i] = p[i];
+  return load(whole);
+}
+
+static inline void store(Bfloat16* p, Vec<float> v, int64_t count) {
+  if (count == kLanes<float>) return store(p, v);
+  Bfloat16 whole[kLanes<float>];
+  store(whole, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = whole[i];
 }
 
 template <class T>

@@ -39,6 +39,17 @@ static void pack_weight(const Plan& plan, int64_t index, WeightView<const T> wei
   });
 }
 
+// The same in bfloat16, two rows interleaved as multiply_block wants them.
+static inline void pack_weight(const Plan& plan, int64_t index, WeightView<const Bfloat16> weight, Bfloat16* packed) {
+  const Slab& slab = plan.slabs[index];
+  for_each_weight(plan, slab, weight, [&](const Bfloat16* from, int64_t c, int64_t o) {
+    for (int64_t tap = 0; tap < plan.shape.taps(); ++tap) {
+      const int64_t pair = packed_index(plan, slab, tap, c & ~1, o / plan.lanes * plan.lanes);
+      packed[pair + o % plan.lanes * 2 + (c & 1)] = from ? from[tap * weight.tap_stride] : Bfloat16{};
+    }
+  });
+}
+
 // Panels of output channels x (taps * padded channels), the B of grad_output * transpose(weight).
 template <class T>
 static void pack_weight_transposed(const Plan& plan, int64_t index, WeightView<const T> weight, T* packed) {
