@@ -15,7 +15,7 @@ struct DeformRoIAlignShape {
   int64_t sampling_ratio;
   double spatial_scale, gamma;
 
-  int64_t bins() const { return out_height * out_width; }
+  constexpr int64_t bins() const { return out_height * out_width; }
 };
 
 // Throws an error that names the argument and both shapes; offset and mask may be absent.

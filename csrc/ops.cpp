@@ -6,16 +6,17 @@ STABLE_TORCH_LIBRARY(dcn_plugin, m) {
   m.def(
       "deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias, Tensor? mask, "
       "int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
-  // Gradients that are not needed, and that of an absent mask, come back empty.
+  // Gradients that are not needed, and that of an absent mask, come back empty. `deterministic` asks for bitwise
+  // repeatable ones.
   m.def(
       "deform_conv2d_backward(Tensor grad_output, Tensor input, Tensor offset, Tensor weight, Tensor? mask, "
-      "int[2] stride, int[2] padding, int[2] dilation, bool need_input, bool need_sampling, bool need_weight) -> "
-      "(Tensor grad_input, Tensor grad_offset, Tensor grad_mask, Tensor grad_weight)");
+      "int[2] stride, int[2] padding, int[2] dilation, bool need_input, bool need_sampling, bool need_weight, "
+      "bool deterministic=False) -> (Tensor grad_input, Tensor grad_offset, Tensor grad_mask, Tensor grad_weight)");
   m.def(
       "deform_roi_align(Tensor input, Tensor rois, Tensor? offset, Tensor? mask, int[2] output_size, "
       "float spatial_scale, int sampling_ratio, float gamma) -> Tensor");
   m.def(
       "deform_roi_align_backward(Tensor grad_output, Tensor input, Tensor rois, Tensor? offset, Tensor? mask, "
       "int[2] output_size, float spatial_scale, int sampling_ratio, float gamma, bool need_input, "
-      "bool need_sampling) -> (Tensor grad_input, Tensor grad_offset, Tensor grad_mask)");
+      "bool need_sampling, bool deterministic=False) -> (Tensor grad_input, Tensor grad_offset, Tensor grad_mask)");
 }

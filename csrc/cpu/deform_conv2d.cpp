@@ -199,7 +199,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, c
                                                     const Tensor& offset, const Tensor& weight,
                                                     const std::optional<Tensor>& mask, IntList stride, IntList padding,
                                                     IntList dilation, bool need_input, bool need_sampling,
-                                                    bool need_weight) {
+                                                    bool need_weight, bool /*deterministic: always*/) {
   const auto shape = checked_shape(input, offset, weight, std::nullopt, mask, stride, padding, dilation);
   check_like_input(grad_output, input, "grad_output");
   check_shape(sizes(grad_output), {shape.batch, shape.out_channels, shape.out_height, shape.out_width}, "grad_output",

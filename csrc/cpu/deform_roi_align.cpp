@@ -74,7 +74,8 @@ void reduce_sampling(const DeformRoIAlignShape& s, int64_t slabs, const T* share
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input, const Tensor& rois,
                                             const std::optional<Tensor>& offset, const std::optional<Tensor>& mask,
                                             IntList output_size, double spatial_scale, int64_t sampling_ratio,
-                                            double gamma, bool need_input, bool need_sampling) {
+                                            double gamma, bool need_input, bool need_sampling,
+                                            bool /*deterministic: always*/) {
   const auto shape = checked_shape(input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma);
   check_like_input(grad_output, input, "grad_output");
   check_shape(sizes(grad_output), {shape.rois, shape.channels, shape.out_height, shape.out_width}, "grad_output",

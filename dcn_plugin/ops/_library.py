@@ -77,10 +77,21 @@ def register_no_double_backward(operator: str) -> None:
 
 def pair(value, name: str) -> list[int]:
     """An int or two ints as two ints; anything else is a ValueError that names the argument."""
-    values = [value, value] if isinstance(value, int) else list(value)
-    if len(values) != 2 or not all(isinstance(v, (int, torch.SymInt)) for v in values):
+    integers = (int, torch.SymInt)
+    values = [value, value] if isinstance(value, integers) else value
+    if not isinstance(values, (tuple, list)) or len(values) != 2 or not all(isinstance(v, integers) for v in values):
         raise ValueError(f"{name} must be an integer or two integers, got {value!r}")
-    return values
+    return list(values)
+
+
+def check_devices(input: torch.Tensor, **others: torch.Tensor | None) -> None:
+    """The check that fake kernels share with csrc/tensor.h, for tensors on the meta device."""
+    for name, other in others.items():
+        if other is not None and other.device != input.device:
+            raise RuntimeError(
+                f"{name} must be on input's device {input.device}, got {other.device} "
+                f"(shapes: input {tuple(input.shape)}, {name} {tuple(other.shape)})"
+            )
 
 
 def memory_format_of(tensor: torch.Tensor) -> torch.memory_format:

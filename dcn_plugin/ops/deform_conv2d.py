@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ._library import memory_format_of, pair, register_autocast, register_no_double_backward
+from ._library import check_devices, memory_format_of, pair, register_autocast, register_no_double_backward
 
 
 def deform_conv2d(
@@ -62,6 +62,7 @@ def deform_conv2d(
 
 @torch.library.register_fake("dcn_plugin::deform_conv2d")
 def _fake(input, offset, weight, bias, mask, stride, padding, dilation):
+    check_devices(input, offset=offset, weight=weight, bias=bias, mask=mask)
     size = [
         (input.shape[i + 2] + 2 * padding[i] - dilation[i] * (weight.shape[i + 2] - 1) - 1) // stride[i] + 1
         for i in range(2)
@@ -72,7 +73,18 @@ def _fake(input, offset, weight, bias, mask, stride, padding, dilation):
 
 @torch.library.register_fake("dcn_plugin::deform_conv2d_backward")
 def _fake_backward(
-    grad_output, input, offset, weight, mask, stride, padding, dilation, need_input, need_sampling, need_weight
+    grad_output,
+    input,
+    offset,
+    weight,
+    mask,
+    stride,
+    padding,
+    dilation,
+    need_input,
+    need_sampling,
+    need_weight,
+    deterministic=False,
 ):
     def gradient(needed, tensor, memory_format=torch.contiguous_format):
         return torch.empty_like(tensor, memory_format=memory_format) if needed else input.new_empty(0)
@@ -98,7 +110,16 @@ def _backward(ctx, grad_output):
     if need_input or need_offset or need_mask or need_weight:
         need_sampling = need_offset or need_mask
         grads = torch.ops.dcn_plugin.deform_conv2d_backward(
-            grad_output, input, offset, weight, mask, *ctx.geometry, need_input, need_sampling, need_weight
+            grad_output,
+            input,
+            offset,
+            weight,
+            mask,
+            *ctx.geometry,
+            need_input,
+            need_sampling,
+            need_weight,
+            torch.are_deterministic_algorithms_enabled(),
         )
         grad_input = grads[0] if need_input else None
         grad_offset = grads[1] if need_offset else None

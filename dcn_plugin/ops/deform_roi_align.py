@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ._library import memory_format_of, pair, register_autocast, register_no_double_backward
+from ._library import check_devices, memory_format_of, pair, register_autocast, register_no_double_backward
 
 
 def deform_roi_align(
@@ -57,6 +57,7 @@ def deform_roi_align(
 
 @torch.library.register_fake("dcn_plugin::deform_roi_align")
 def _fake(input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma):
+    check_devices(input, rois=rois, offset=offset, mask=mask)
     output = input.new_empty(rois.shape[0], input.shape[1], *output_size)
     return output.contiguous(memory_format=memory_format_of(input))
 
@@ -74,6 +75,7 @@ def _fake_backward(
     gamma,
     need_input,
     need_sampling,
+    deterministic=False,
 ):
     def gradient(needed, tensor, memory_format=torch.contiguous_format):
         return torch.empty_like(tensor, memory_format=memory_format) if needed else input.new_empty(0)
@@ -95,7 +97,15 @@ def _backward(ctx, grad_output):
     input, rois, offset, mask = ctx.saved_tensors
     need_input, _, need_offset, need_mask = ctx.needs_input_grad[:4]
     grad_input, grad_offset, grad_mask = torch.ops.dcn_plugin.deform_roi_align_backward(
-        grad_output, input, rois, offset, mask, *ctx.options, need_input, need_offset or need_mask
+        grad_output,
+        input,
+        rois,
+        offset,
+        mask,
+        *ctx.options,
+        need_input,
+        need_offset or need_mask,
+        torch.are_deterministic_algorithms_enabled(),
     )
     return (
         grad_input if need_input else None,

@@ -1,0 +1,316 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import BASE, CONV_CASES, as_float64, check_against, relative_error, run
+from torch.nn import functional as F
+
+from dcn_plugin.ops import deform_conv2d, reference
+
+CASES = pytest.mark.parametrize("case", [pytest.param(c, id=name) for name, c in CONV_CASES.items()])
+LAYOUTS = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+
+# Relative to the largest value. float32 sums of some hundred products: a few units of 2^-24 each. Half types: inputs are
+# the reference's exactly, so what remains is the rounding of the result and, in bfloat16 on processors that multiply it
+# natively, of the samples (2^-9 each).
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+@CASES
+@LAYOUTS
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_equals_reference(case, memory_format, dtype, device):
+    tensors = case.make(dtype, device, memory_format)
+    output = check_against(deform_conv2d, reference.deform_conv2d, tensors, TOLERANCE[dtype], **case.options)
+    assert output.dtype == dtype
+    assert output.is_contiguous(memory_format=memory_format) or case.channels == 1 or case.size == (1, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_non_contiguous_tensors(dtype, device):
+    tensors = BASE.make(dtype, device)
+
+    def strided(t):  # every other element of a tensor twice as wide
+        return None if t is None else torch.stack([t, torch.full_like(t, float("nan"))], -1)[..., 0]
+
+    check_against(
+        deform_conv2d,
+        reference.deform_conv2d,
+        {name: strided(t) for name, t in tensors.items()},
+        TOLERANCE[dtype],
+        **BASE.options,
+    )
+
+
+def test_channels_last_weight_keeps_its_layout(device):
+    tensors = replace(BASE, channels=20, out_channels=18).make(torch.float64, device, torch.channels_last)
+    tensors["weight"] = tensors["weight"].contiguous(memory_format=torch.channels_last)
+    check_against(deform_conv2d, reference.deform_conv2d, tensors, 1e-12, **BASE.options)
+    _, gradients = run(deform_conv2d, tensors, **BASE.options)
+    assert gradients["weight"].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_zero_offsets_are_the_plain_convolution(device):
+    case = replace(BASE, channels=8, groups=2, stride=2)
+    tensors = case.make(torch.float64, device)
+    tensors["offset"].zero_()
+    expected = F.conv2d(tensors["input"], tensors["weight"], tensors["bias"], 2, 1, 1, 2)
+    assert relative_error(deform_conv2d(**{**tensors, "mask": None}, **case.options), expected) < 1e-12
+    half = torch.full_like(tensors["mask"], 0.5)
+    expected = F.conv2d(tensors["input"], tensors["weight"] / 2, tensors["bias"], 2, 1, 1, 2)
+    assert relative_error(deform_conv2d(**{**tensors, "mask": half}, **case.options), expected) < 1e-12
+
+
+def test_empty_batch(device):
+    case = replace(BASE, batch=0)
+    tensors = case.make(torch.float32, device)
+    output, gradients = run(deform_conv2d, tensors, **case.options)
+    assert output.shape == (0, case.out_channels, *case.out_size)
+    for name, gradient in gradients.items():
+        assert gradient.shape == tensors[name].shape
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("wild", [1e9, -1e9, 1e30, float("inf"), -float("inf"), float("nan")], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_wild_offsets_sample_nothing(wild, dtype, device):
+    tensors = BASE.make(dtype, device)
+    tensors["offset"][:, ::4] = wild  # y of every other tap
+    output = check_against(deform_conv2d, reference.deform_conv2d, tensors, TOLERANCE[dtype], **BASE.options)
+    assert output.isfinite().all()
+    tensors["offset"].fill_(wild)
+    output, gradients = run(deform_conv2d, tensors, **BASE.options)
+    assert torch.equal(output, tensors["bias"][:, None, None].expand_as(output))
+    assert not any(gradients[name].any() for name in ("input", "offset", "weight", "mask"))
+
+
+@pytest.mark.parametrize("y", [-1.0, -1 + 1e-6, -0.5, 0.0, 3.0, 3.5, 4 - 1e-6, 4.0])
+@pytest.mark.parametrize("x", [-1.0, -0.25, 2.0, 4.75, 5.0])
+def test_at_the_border(y, x, device):
+    """One sample of a (4, 5) map, on and about its edges: value and gradients, zero at -1 and at the size exactly."""
+    case = replace(BASE, batch=1, channels=2, size=(4, 5), out_channels=1, kernel=1, padding=0)
+    tensors = case.make(torch.float64, device)
+    rows, columns = torch.meshgrid(torch.arange(4.0), torch.arange(5.0), indexing="ij")
+    tensors["offset"] = torch.stack([y - rows, x - columns])[None].to(tensors["input"])
+    check_against(deform_conv2d, reference.deform_conv2d, tensors, 1e-12, **case.options)
+    _, gradients = run(deform_conv2d, tensors, **case.options)
+    if y in (-1, 4) or x in (-1, 5):
+        assert not any(gradients[name].any() for name in ("input", "offset", "weight", "mask"))
+
+
+def test_pixels_that_nothing_samples_may_hold_anything(device):
+    case = replace(BASE, channels=20, kernel=1, padding=0, mask=False)
+    tensors = case.make(torch.float32, device)
+    tensors["offset"].zero_()
+    tensors["offset"][:, 0, 0] = 3.0  # the first row samples the fourth,
+    tensors["input"][:, :, 0] = float("nan")  # so nobody needs the first
+    output, gradients = run(deform_conv2d, tensors, **case.options)
+    assert output.isfinite().all()
+    assert all(g.isfinite().all() for g in gradients.values())
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        replace(BASE, batch=1, channels=2, size=(4, 5), out_channels=2),
+        replace(BASE, batch=1, channels=2, size=(4, 5), out_channels=2, mask=False, stride=2, deform_groups=2),
+        replace(BASE, batch=2, channels=4, size=(3, 3), out_channels=4, groups=4, kernel=(1, 2)),
+    ],
+    ids=["v2", "v1-deform-groups", "depthwise"],
+)
+def test_gradcheck(case, device):
+    tensors = {k: t for k, t in case.make(torch.float64, device, away_from_lattice=True).items() if t is not None}
+    names = list(tensors)
+
+    def function(*values):
+        return deform_conv2d(**dict(zip(names, values, strict=True)), **case.options)
+
+    assert torch.autograd.gradcheck(function, [t.requires_grad_() for t in tensors.values()])
+
+
+@pytest.mark.parametrize("needed", ["input", "offset", "mask", "weight", "bias"])
+def test_gradients_only_where_required(needed, device):
+    tensors = BASE.make(torch.float64, device)
+    _, expected = run(deform_conv2d, tensors, **BASE.options)
+    tensors[needed].requires_grad_()
+    output = deform_conv2d(**tensors, **BASE.options)
+    seed = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
+    output.backward(seed)
+    torch.testing.assert_close(tensors[needed].grad, expected[needed])
+
+
+def test_second_derivatives_are_refused(device):
+    tensors = BASE.make(torch.float64, device)
+    tensors["input"].requires_grad_()
+    output = deform_conv2d(**tensors, **BASE.options)
+    (gradient,) = torch.autograd.grad(output.square().sum(), tensors["input"], create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "case", [replace(BASE, channels=130, batch=3), replace(BASE, channels=40, groups=40, out_channels=40)]
+)
+def test_backward_repeats_bit_for_bit_with_any_number_of_threads(case):
+    tensors = case.make(torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 2):
+            torch.set_num_threads(count)
+            results.append(run(deform_conv2d, tensors, **case.options))
+    finally:
+        torch.set_num_threads(threads)
+    for output, gradients in results[1:]:
+        assert torch.equal(output, results[0][0])
+        assert all(torch.equal(gradients[name], results[0][1][name]) for name in gradients)
+
+
+def test_opcheck(device):
+    for case, layout in ((BASE, torch.channels_last), (replace(BASE, mask=False, bias=False), torch.contiguous_format)):
+        t = case.make(torch.float32, device, layout)
+        geometry = [1, 1], [1, 1], [1, 1]
+        leaves = [None if v is None else v.requires_grad_() for v in t.values()]
+        args = (leaves[0], leaves[1], leaves[2], leaves[3], leaves[4], *geometry)
+        torch.library.opcheck(torch.ops.dcn_plugin.deform_conv2d, args)
+        t = {k: None if v is None else v.detach() for k, v in t.items()}
+        grad = torch.randn(case.batch, case.out_channels, *case.out_size, device=device)
+        for need in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
+            args = (grad, t["input"], t["offset"], t["weight"], t["mask"], *geometry, *need)
+            torch.library.opcheck(torch.ops.dcn_plugin.deform_conv2d_backward, args)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype, device):
+    tensors = {name: t.requires_grad_() for name, t in BASE.make(torch.float32, device).items()}
+    with torch.autocast(device.type, dtype=dtype):
+        output = deform_conv2d(**tensors, **BASE.options)
+        mixed = deform_conv2d(**{**tensors, "offset": tensors["offset"].to(dtype)}, **BASE.options)
+    assert output.dtype == mixed.dtype == dtype
+    output.float().sum().backward()
+    assert all(t.grad.dtype == torch.float32 for t in tensors.values())
+    rounded = {name: t.detach().to(dtype) for name, t in tensors.items()}
+    assert torch.equal(output, deform_conv2d(**rounded, **BASE.options))
+    with torch.autocast(device.type, dtype=dtype):
+        assert deform_conv2d(**BASE.make(torch.float64, device), **BASE.options).dtype == torch.float64
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile(backend, device):
+    case = replace(BASE, size=(5, 6))
+    tensors = case.make(torch.float32, device, torch.channels_last)
+
+    def function(**t):
+        return deform_conv2d(**{**t, "mask": t["mask"].sigmoid()}, **case.options).relu()
+
+    torch._dynamo.reset()
+    output, gradients = run(torch.compile(function, fullgraph=True, backend=backend), tensors)
+    expected, expected_gradients = run(function, tensors)
+    assert relative_error(output, expected) < 1e-6
+    assert all(relative_error(g, expected_gradients[name]) < 1e-6 for name, g in gradients.items())
+
+
+def test_export(device):
+    class Layer(torch.nn.Module):
+        def forward(self, input, offset, weight):
+            return deform_conv2d(input, offset, weight, padding=1)
+
+    t = BASE.make(torch.float32, device)
+    args = t["input"], t["offset"], t["weight"]
+    exported = torch.export.export(Layer(), args)
+    assert torch.equal(exported.module()(*args), Layer()(*args))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["base", "v1", "no-bias", "v1-no-bias", "groups", "deform-groups", "stride", "dilation"])
+def test_equals_mmcv(name, dtype):
+    mmcv_ops = pytest.importorskip("mmcv.ops", reason="compares with mmcv's operators where they are installed")
+    case = replace(CONV_CASES[name], channels=12)
+
+    def mmcv_deform_conv2d(input, offset, weight, bias=None, mask=None, stride=1, padding=0, dilation=1):
+        geometry = stride, padding, dilation, case.groups, case.deform_groups
+        if mask is not None:
+            return mmcv_ops.modulated_deform_conv2d(input, offset, mask, weight, bias, *geometry)
+        output = mmcv_ops.deform_conv2d(input, offset, weight, *geometry)
+        return output if bias is None else output + bias[:, None, None]
+
+    tensors = case.make(dtype)
+    output, gradients = run(deform_conv2d, tensors, **case.options)
+    expected, expected_gradients = run(mmcv_deform_conv2d, tensors, **case.options)
+    assert relative_error(output, expected) < 1e-5
+    assert all(relative_error(g, expected_gradients[name]) < 1e-5 for name, g in gradients.items())
+
+
+def _change(**changes):
+    return lambda t: {**t, **{name: change(t[name]) for name, change in changes.items()}}
+
+
+ERRORS = {
+    "input-rank": (_change(input=lambda t: t[0]), {}, r"input must have shape \(N, C, H, W\), got \(6, 7, 9\)"),
+    "offset-rank": (_change(offset=lambda t: t[0]), {}, r"offset must have shape .* got \(18, 7, 9\)"),
+    "weight-rank": (_change(weight=lambda t: t[0]), {}, r"weight must have shape .* got \(6, 3, 3\)"),
+    "input-dtype": (_change(input=lambda t: t.long()), {}, r"input must be float32.* got Long"),
+    "input-channels": (
+        _change(input=lambda t: t[:, :5]),
+        {},
+        r"input channels must be a multiple of .* \(2, 5, 7, 9\), weight \(4, 6, 3, 3\)",
+    ),
+    "out-channels": (
+        _change(weight=lambda t: t[:3, :3]),
+        {},
+        r"output channels must be divisible by groups = 2.* \(3, 3, 3, 3\)",
+    ),
+    "offset-channels": (_change(offset=lambda t: t[:, :17]), {}, r"offset's channels .* = 18.* \(2, 17, 7, 9\)"),
+    "deform-groups": (
+        _change(offset=lambda t: t.repeat(1, 4, 1, 1)),
+        {},
+        r"divisible by deform_groups = 4.* \(2, 6, 7, 9\), offset \(2, 72, 7, 9\)",
+    ),
+    "offset-size": (_change(offset=lambda t: t[..., 1:]), {}, r"offset .* \(2, 18, 7, 9\), got \(2, 18, 7, 8\)"),
+    "offset-batch": (_change(offset=lambda t: t[:1]), {}, r"offset .* \(2, 18, 7, 9\), got \(1, 18, 7, 9\)"),
+    "mask-size": (_change(mask=lambda t: t[:, :8]), {}, r"mask .* \(2, 9, 7, 9\), got \(2, 8, 7, 9\)"),
+    "bias-size": (_change(bias=lambda t: t[:3]), {}, r"bias .* \(4,\), got \(3,\)"),
+    "offset-dtype": (_change(offset=lambda t: t.half()), {}, r"offset must have input's dtype Float, got Half"),
+    "mask-dtype": (_change(mask=lambda t: t.double()), {}, r"mask must have input's dtype Float, got Double"),
+    "weight-dtype": (_change(weight=lambda t: t.double()), {}, r"weight must have input's dtype Float, got Double"),
+    "stride": (_change(), dict(stride=0), "stride must be two integers of at least 1"),
+    "stride-three": (_change(), dict(stride=(1, 1, 1)), "stride must be an integer or two integers"),
+    "stride-float": (_change(), dict(stride=1.5), "stride must be an integer or two integers"),
+    "padding": (_change(), dict(padding=-1), "padding must be two integers of at least 0"),
+    "dilation": (_change(), dict(dilation=(1, 0)), "dilation must be two integers of at least 1"),
+    "kernel-too-large": (_change(), dict(dilation=5), r"kernel is larger than the padded input.* \(2, 6, 7, 9\)"),
+}
+
+
+@pytest.mark.parametrize(("change", "options", "message"), ERRORS.values(), ids=ERRORS)
+def test_errors_name_the_argument_and_the_shapes(change, options, message, device):
+    tensors = change(BASE.make(torch.float32, device))
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        deform_conv2d(**tensors, **{**BASE.options, **options})
+
+
+@pytest.mark.parametrize("name", ["offset", "weight", "mask", "bias"])
+def test_mixed_devices(name, device):
+    tensors = BASE.make(torch.float32, device)
+    tensors[name] = tensors[name].to("meta")
+    with pytest.raises(RuntimeError, match=rf"{name} must be on input's device.*\(2, 6, 7, 9\)"):
+        deform_conv2d(**tensors, **BASE.options)
+
+
+def test_reference_is_the_plain_convolution_at_zero_offsets():
+    tensors = as_float64(BASE.make())
+    expected = F.conv2d(tensors["input"], tensors["weight"], tensors["bias"], 1, 1)
+    tensors["offset"].zero_()
+    tensors["mask"].fill_(1)
+    assert relative_error(reference.deform_conv2d(**tensors, **BASE.options), expected) < 1e-12
+
+
+def test_reference_by_hand():
+    """Samples of a 2x2 map whose values tell the corners apart: inside, half outside, whole pixels away, excluded."""
+    image = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)[None, None]
+    weight = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    offset = torch.tensor([[[0.5, 0.0], [-0.75, 5.0]], [[0.25, 0.5], [1.0, 0.0]]], dtype=torch.float64)[None]
+    output = reference.deform_conv2d(image, offset, weight)
+    # (0.5, 0.25): between all four. (0, 1.5): half of pixel (0, 1). (0.25, 1): pixel (0, 1) to (1, 1). (6, 1): outside.
+    expected = [[1 * 0.375 + 2 * 0.125 + 3 * 0.375 + 4 * 0.125, 1.0], [2 * 0.75 + 4 * 0.25, 0.0]]
+    torch.testing.assert_close(output[0, 0], torch.tensor(expected, dtype=torch.float64))

@@ -1,0 +1,37 @@
+"""The CPU kernels of every instruction set this processor has, each in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+SELECTION = "test_equals_reference and not 130 and not 300 or mmcv or repeats"
+
+
+def flags():
+    info = Path("/proc/cpuinfo")
+    return set(info.read_text().split()) if info.exists() else set()
+
+
+def environment(name):
+    return {**os.environ, "DCN_PLUGIN_CPU_ISA": name}
+
+
+@pytest.mark.parametrize(("name", "needs"), [("portable", None), ("avx2", "avx2"), ("avx512", "avx512dq")])
+def test_instruction_set(name, needs):
+    if needs and needs not in flags():
+        pytest.skip(f"this processor does not have {name}")
+    files = [str(TESTS / f"test_deform_{op}.py") for op in ("conv2d", "roi_align")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", SELECTION, *files]
+    result = subprocess.run(command, env=environment(name), capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+def test_unknown_instruction_set_is_an_error():
+    program = "import torch; from dcn_plugin.ops import deform_conv2d as f; z = torch.zeros; "
+    program += "f(z(1, 1, 1, 1), z(1, 2, 1, 1), z(1, 1, 1, 1))"
+    result = subprocess.run([sys.executable, "-c", program], env=environment("sse9"), capture_output=True, text=True)
+    assert "DCN_PLUGIN_CPU_ISA must be portable, avx2 or avx512, got sse9" in result.stderr
