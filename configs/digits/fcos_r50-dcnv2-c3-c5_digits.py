@@ -48,7 +48,11 @@ model = dict(
 
 data_root = "data/digits/"
 metainfo = dict(classes=tuple(str(digit) for digit in range(num_classes)))
-load = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations", with_bbox=True)]
+load = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations", with_bbox=True),
+    dict(type="Resize", scale=(192, 192), keep_ratio=True),  # the scenes' own size; it records the scale tests need
+]
 pack = dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor"))
 # Digits must not be mirrored: photometric changes and shifts are all the augmentation.
 train_pipeline = [*load, dict(type="PhotoMetricDistortion"), dict(type="RandomShift", max_shift_px=16), pack]
@@ -79,7 +83,7 @@ val_evaluator = dict(type="CocoMetric", ann_file=data_root + "val.json", metric=
 test_evaluator = val_evaluator
 
 max_epochs = 12
-train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=max_epochs, val_interval=4)
+train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=max_epochs, val_interval=3)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 optim_wrapper = dict(

@@ -4,18 +4,20 @@ from pathlib import Path
 
 import torch
 
-LIBRARY = Path(__file__).parent.parent / "_cpu.so"
+FOLDER = Path(__file__).parent.parent
 NAMESPACE = "dcn_plugin"
+OPERATORS = ("deform_conv2d", "deform_conv2d_backward", "deform_roi_align", "deform_roi_align_backward")
 
 
-def _load() -> None:
-    if not LIBRARY.exists():
+def _load(name: str) -> None:
+    library = FOLDER / name
+    if not library.exists():
         raise ImportError(
-            f"dcn_plugin's compiled operators are missing ({LIBRARY}): build them for this PyTorch with "
+            f"dcn_plugin's compiled operators are missing ({library}): build them for this PyTorch with "
             "`pip install --no-build-isolation .` in the project's folder."
         )
     try:
-        torch.ops.load_library(str(LIBRARY))
+        torch.ops.load_library(str(library))
     except OSError as error:
         raise ImportError(
             f"dcn_plugin's compiled operators do not load on PyTorch {torch.__version__} (they need 2.10 or later): "
@@ -23,10 +25,20 @@ def _load() -> None:
         ) from error
 
 
-_load()
+def _refuse_cuda(*args, **kwargs):
+    raise RuntimeError(
+        "dcn_plugin was built without its CUDA operators: with nvcc on the PATH, rebuild it with "
+        "`DCN_PLUGIN_CUDA=1 pip install --no-build-isolation --no-deps --force-reinstall .` in its folder."
+    )
 
 
+_load("_cpu.so")
 _FRAGMENT = torch.library.Library(NAMESPACE, "FRAGMENT")
+if torch.version.cuda is not None and (FOLDER / "_cuda.so").exists():
+    _load("_cuda.so")
+else:
+    for _operator in OPERATORS:
+        _FRAGMENT.impl(_operator, _refuse_cuda, "CUDA")
 
 
 def register_autocast(operator: str, keep: tuple[str, ...] = ()) -> None:

@@ -1,0 +1,98 @@
+"""The demo's data set, and its detector through mmdet's Runner: end to end, but for the time it takes to learn."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("mmdet", reason="the demo runs in MMDetection")
+pytest.importorskip("sklearn", reason="the demo's digits come from scikit-learn")
+
+from mmengine.config import Config
+from mmengine.runner import Runner, load_checkpoint
+
+import dcn_plugin
+from dcn_plugin.layers import DCNv2
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    out = tmp_path_factory.mktemp("digits")
+    make(out)
+    return out
+
+
+def make(out):
+    command = [sys.executable, ROOT / "projects/digits/make_dataset.py", "--out", out, "--train", "6", "--val", "3"]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+
+
+def test_dataset_is_coco_and_its_boxes_are_in_the_image(digits):
+    for split, count in (("train", 6), ("val", 3)):
+        content = json.loads((digits / f"{split}.json").read_text())
+        assert len(content["images"]) == count
+        assert all((digits / split / image["file_name"]).exists() for image in content["images"])
+        assert [c["name"] for c in content["categories"]] == [str(d) for d in range(10)]
+        assert len(content["annotations"]) >= count
+        for annotation in content["annotations"]:
+            x, y, w, h = annotation["bbox"]
+            assert min(x, y) >= 0
+            assert min(w, h) > 5
+            assert max(x + w, y + h) <= 192
+
+
+def test_dataset_is_the_same_each_time(digits, tmp_path):
+    make(tmp_path)
+    for file in digits.rglob("*.*"):
+        assert file.read_bytes() == (tmp_path / file.relative_to(digits)).read_bytes()
+
+
+def config(digits, work_dir):
+    cfg = Config.fromfile(ROOT / "configs/digits/fcos_r50-dcnv2-c3-c5_digits.py")
+    cfg.work_dir = str(work_dir)
+    cfg.default_scope = "mmdet"
+    cfg.train_cfg = dict(type="IterBasedTrainLoop", max_iters=2, val_interval=1000)
+    cfg.param_scheduler = None
+    cfg.default_hooks.checkpoint = dict(type="CheckpointHook", interval=2, by_epoch=False)
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        loader.update(batch_size=2, num_workers=0, persistent_workers=False)
+        loader.dataset.data_root = f"{digits}/"
+    for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
+        evaluator.ann_file = str(digits / "val.json")
+    cfg.model.test_cfg.score_thr = 0.0  # two iterations make no confident detector
+    return cfg
+
+
+def predict(model, loader):
+    model.eval()
+    with torch.no_grad():
+        found = [p.pred_instances for batch in loader for p in model.test_step(batch)]
+    return [(p.bboxes, p.scores, p.labels) for p in found]
+
+
+def test_trains_tests_and_survives_saving(digits, tmp_path):
+    runner = Runner.from_cfg(config(digits, tmp_path))
+    layers = [m for m in runner.model.modules() if isinstance(m, DCNv2)]
+    assert len(layers) == 4 + 6 + 3  # every block of ResNet-50's last three stages
+    assert not any(m.conv_offset.weight.any() for m in layers)
+    runner.train()
+    assert all(m.conv_offset.weight.any() for m in layers), "the offsets learn from the first step on"
+    metrics = runner.test()
+    assert 0 <= metrics["coco/bbox_mAP"] <= 1
+    expected = predict(runner.model, runner.test_dataloader)
+    assert sum(len(boxes) for boxes, *_ in expected) > 0
+
+    other = Runner.from_cfg(config(digits, tmp_path / "other"))
+    load_checkpoint(other.model, str(tmp_path / "iter_2.pth"), strict=True)
+    for before, after in zip(expected, predict(other.model, other.test_dataloader), strict=True):
+        for a, b in zip(before, after, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_is_this_checkout():
+    assert Path(dcn_plugin.__file__).parents[1] == ROOT
