@@ -40,7 +40,7 @@ def trained(work_dir, config):
 
 
 def train(work_dir, config):
-    run("Training (6 minutes on two cores; mmdet's tools/train.py)", TOOLS / "train.py", config, "--work-dir", work_dir)
+    run("Training (5 minutes on two cores; mmdet's tools/train.py)", TOOLS / "train.py", config, "--work-dir", work_dir)
     checkpoint = Path((work_dir / "last_checkpoint").read_text())
     record = dict(config=config.read_text(), checkpoint=str(checkpoint))
     (work_dir / "trained.json").write_text(json.dumps(record))
@@ -48,7 +48,7 @@ def train(work_dir, config):
 
 
 def test(work_dir, config, checkpoint):
-    """Tests the checkpoint; returns mmdet's metrics and the folder of pictures, each of the truth beside what was found."""
+    """Tests the checkpoint; returns mmdet's metrics and the folder of pictures, the truth beside what was found."""
     out = work_dir / "test"
     shutil.rmtree(out, ignore_errors=True)
     run(

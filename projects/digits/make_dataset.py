@@ -25,8 +25,8 @@ def enlarge(scan):
 
 
 def warp(ink, height, rng):
-    """Rotates by up to 35 degrees, shears, scales so that a digit is about ``height`` pixels tall, and bends."""
-    angle, shear = rng.uniform(-0.6, 0.6), rng.uniform(-0.25, 0.25)
+    """Rotates by up to 25 degrees, shears, scales so that a digit is about ``height`` pixels tall, and bends."""
+    angle, shear = rng.uniform(-0.45, 0.45), rng.uniform(-0.2, 0.2)
     scale = height / (SUPERSAMPLED * 8 / 14)
     side = int(np.ceil(SUPERSAMPLED * scale * 1.3))
     aspect = np.array([[rng.uniform(0.8, 1.2), shear], [0, 1]])
@@ -41,7 +41,8 @@ def warp(ink, height, rng):
 
 def background(rng):
     """A smooth colour field with stripes, strokes and noise, (SIZE, SIZE, 3) in 0..1."""
-    field = cv2.resize(rng.uniform(0.1, 0.9, (3, 3, 3)).astype(np.float32), (SIZE, SIZE), interpolation=cv2.INTER_CUBIC)
+    coarse = rng.uniform(0.1, 0.9, (3, 3, 3)).astype(np.float32)
+    field = cv2.resize(coarse, (SIZE, SIZE), interpolation=cv2.INTER_CUBIC)
     y, x = np.mgrid[:SIZE, :SIZE]
     direction, period = rng.uniform(0, np.pi), rng.uniform(6, 40)
     stripes = np.sin((x * np.cos(direction) + y * np.sin(direction)) * 2 * np.pi / period)
@@ -89,7 +90,7 @@ def make_scene(scans, labels, rng):
         half = ink[: ink.shape[0] // 2, : ink.shape[1] // 2]
         paste(image, half, *(int(v) for v in rng.integers(0, SIZE - 20, 2)), rng.uniform(0, 1, 3))
     objects = []
-    for _ in range(rng.integers(2, 7)):
+    for _ in range(rng.integers(3, 8)):
         index = rng.integers(len(scans))
         ink = warp(enlarge(scans[index]), rng.uniform(20, 72), rng)
         rows, columns = np.where(ink.max(1) > 0.4)[0], np.where(ink.max(0) > 0.4)[0]
