@@ -53,6 +53,7 @@ template <class T>
 DCN_INLINE RoIAxis<T> roi_axis(T low, T high, T spatial_scale, int64_t bins, int64_t sampling_ratio) {
   const T start = low * spatial_scale - T(0.5);
   const T length = (high * spatial_scale - T(0.5)) - start;
+  if (!(length - length == T(0))) return {T(0), T(0), T(0), T(0)};  // infinite or NaN
   const T bin = length / T(bins);
   T samples = sampling_ratio > 0 ? T(sampling_ratio) : std::ceil(bin);
   // Above 2^24 a float no longer counts; RoIs that large would be mostly outside of any map.

@@ -3,6 +3,8 @@
 Slow, and differentiable by autograd alone. The tests compare every kernel with these.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.modules.utils import _pair
@@ -11,7 +13,8 @@ from torch.nn.modules.utils import _pair
 def _sample_zero_padded(maps: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """Bilinear samples of maps that continue with zeros.
 
-    A sample counts where -1 < y < H and -1 < x < W; any other, and any that is not finite, is 0 with zero gradients.
+    A sample counts where -1 < y < H and -1 < x < W; any other, and any that is not finite, is 0 with zero gradients. On
+    a pixel's centre the derivative is the one towards the next pixel.
 
     Args:
         maps: (B, C, H, W).
@@ -22,7 +25,7 @@ def _sample_zero_padded(maps: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """
     height, width = maps.shape[-2:]
     counts = (y > -1) & (y < height) & (x > -1) & (x < width)
-    # Positions that do not count are replaced before any arithmetic, so that no NaN meets a gradient.
+    # Positions and pixels that do not count are replaced before any arithmetic: autograd would multiply their NaN by 0.
     y, x = y.where(counts, 0), x.where(counts, 0)
     top, left = y.detach().floor(), x.detach().floor()
     total = 0
@@ -31,7 +34,7 @@ def _sample_zero_padded(maps: Tensor, y: Tensor, x: Tensor) -> Tensor:
             inside = counts & (row >= 0) & (row < height) & (column >= 0) & (column < width)
             index = (row * width + column).where(inside, 0).long()
             value = maps.flatten(2).gather(2, index[:, None].expand(-1, maps.shape[1], -1))
-            total = total + (value * (weight_y * weight_x)[:, None]).where(inside[:, None], 0)
+            total = total + value.where(inside[:, None], 0) * (weight_y * weight_x)[:, None]
     return total
 
 
@@ -62,7 +65,7 @@ def deform_conv2d(
     maps = input.reshape(batch * deform_groups, channels // deform_groups, *input.shape[-2:])
     positions = batch * deform_groups, taps * out_h * out_w
     samples = _sample_zero_padded(maps, y.reshape(positions), x.reshape(positions))
-    samples = samples.reshape(batch, deform_groups, -1, taps, out_h, out_w)
+    samples = samples.reshape(batch, deform_groups, maps.shape[1], taps, out_h, out_w)
     if mask is not None:
         samples = samples * mask.reshape(batch, deform_groups, 1, taps, out_h, out_w)
 
@@ -73,7 +76,7 @@ def deform_conv2d(
 
 
 def _sample_clamped(image: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """Bilinear samples of one (C, H, W) map at (P,) positions, for RoI align.
+    """Bilinear samples of one (C, H, W) map at positions of any shape, for RoI align: (C, *shape).
 
     A sample outside [-1, H] x [-1, W], or not finite, is 0; one between there and the border takes the border's value.
     """
@@ -86,8 +89,15 @@ def _sample_clamped(image: Tensor, y: Tensor, x: Tensor) -> Tensor:
     total = 0
     for row, weight_y in ((top, 1 - (y - top)), (bottom, y - top)):
         for column, weight_x in ((left, 1 - (x - left)), (right, x - left)):
-            total = total + image[:, row.long(), column.long()] * (weight_y * weight_x)
-    return total.where(counts, 0)
+            total = total + image[:, row.long(), column.long()].where(counts, 0) * (weight_y * weight_x)
+    return total
+
+
+def _sample_points(low: Tensor, high: Tensor, bins: int, sampling_ratio: int) -> Tensor:
+    """Where one axis of a RoI is sampled, (bins, samples a bin): at the centres of as many equal parts of the RoI."""
+    samples = sampling_ratio or max(math.ceil((high - low) / bins), 0)
+    parts = torch.arange(bins * samples).to(low).reshape(bins, samples) + 0.5
+    return low + parts * (high - low) / max(bins * samples, 1)
 
 
 def deform_roi_align(
@@ -103,35 +113,31 @@ def deform_roi_align(
     """See :func:`dcn_plugin.ops.deform_roi_align`: equations 5 and 6 of `Deformable Convolutional Networks
     <https://arxiv.org/abs/1703.06211>`_ with the sampling of RoI align, as mmcv's DeformRoIPool.
 
-    One difference to mmcv: it derives the offsets of samples that are clamped to the border as if they were not; these
-    are the derivatives of what the operator computes, 0 along a clamped axis.
+    - A RoI's edges are ``x * spatial_scale - 0.5``; its size may be anything, negative too.
+    - ``sampling_ratio`` 0 takes ceil(RoI's size / bins) samples, none of an empty or inverted RoI, which is then 0.
+    - A bin is the mean over all its samples, those outside the map included as 0.
+    - A bin moves by gamma times its offset times the RoI's size on the map, x first.
+    - A RoI that is not finite is 0.
+
+    One difference to mmcv, in the gradient of an offset that moves a sample beyond a border pixel's centre: here it is
+    the derivative of what is computed, 0 across the border and the border's own slope along it. mmcv continues the
+    slopes of the first two rows or columns beyond the near borders, and takes 0 in both directions at the far ones.
     """
     out_h, out_w = _pair(output_size)
-    output = input.new_zeros(rois.shape[0], input.shape[1], out_h, out_w)
-    pooled = []
-    for k, roi in enumerate(rois):
-        x1, y1, x2, y2 = (roi[1:] * spatial_scale - 0.5).unbind()
-        width, height = x2 - x1, y2 - y1
-        bin_h, bin_w = height / out_h, width / out_w
-        if not torch.isfinite(roi).all():
-            pooled.append(output[k])
-            continue
-        samples_h = sampling_ratio or max(int(torch.ceil(bin_h)), 0)
-        samples_w = sampling_ratio or max(int(torch.ceil(bin_w)), 0)
-        if samples_h * samples_w == 0:  # an empty RoI
-            pooled.append(output[k])
-            continue
-        bins = []
-        for i in range(out_h):
-            for j in range(out_w):
-                # Sample points: the centres of samples_h x samples_w equal parts of the bin.
-                y = y1 + (i + (torch.arange(samples_h).to(input) + 0.5) / samples_h) * bin_h
-                x = x1 + (j + (torch.arange(samples_w).to(input) + 0.5) / samples_w) * bin_w
-                if offset is not None:
-                    x = x + gamma * width * offset[k, 0, i, j]
-                    y = y + gamma * height * offset[k, 1, i, j]
-                y, x = (p.reshape(-1) for p in torch.meshgrid(y, x, indexing="ij"))
-                value = _sample_clamped(input[int(roi[0])], y, x).mean(-1)
-                bins.append(value if mask is None else value * mask[k, 0, i, j])
-        pooled.append(torch.stack(bins, -1).reshape(-1, out_h, out_w))
-    return torch.stack(pooled) if pooled else output
+    empty = input.new_zeros(input.shape[1], out_h, out_w)
+
+    def pool(k):
+        if not rois[k].isfinite().all():
+            return empty
+        x1, y1, x2, y2 = rois[k, 1:] * spatial_scale - 0.5
+        y = _sample_points(y1, y2, out_h, sampling_ratio)[:, None, :, None]  # (oh, ow, samples in y, samples in x)
+        x = _sample_points(x1, x2, out_w, sampling_ratio)[None, :, None, :]
+        if offset is not None:
+            shift_x, shift_y = gamma * offset[k, ..., None, None]
+            y, x = y + shift_y * (y2 - y1), x + shift_x * (x2 - x1)
+        if y.numel() * x.numel() == 0:
+            return empty
+        pooled = _sample_clamped(input[int(rois[k, 0])], *torch.broadcast_tensors(y, x)).mean((-2, -1))
+        return pooled if mask is None else pooled * mask[k]
+
+    return torch.stack([pool(k) for k in range(len(rois))]) if len(rois) else empty.new_empty(0, *empty.shape)

@@ -5,6 +5,8 @@ from importlib import import_module
 
 from dcn_plugin import layers  # noqa: F401  outside the guard below: our own library missing is an error
 
+_broken: set[str] = set()  # packages that a warning has named
+
 
 def _register(module: str, what: str, needs: tuple[str, ...]) -> None:
     """Imports one module of this folder.
@@ -15,8 +17,9 @@ def _register(module: str, what: str, needs: tuple[str, ...]) -> None:
     try:
         import_module(f"{__name__}.{module}")
     except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and error.name in needs:
+        if isinstance(error, ModuleNotFoundError) and error.name in needs or needs[-1] in _broken:
             return
+        _broken.add(needs[-1])
         warnings.warn(
             f"dcn_plugin could not register {what}: importing {needs[-1]} failed with {type(error).__name__}: {error}",
             stacklevel=2,

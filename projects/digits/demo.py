@@ -54,7 +54,7 @@ def test(work_dir, config, checkpoint):
     run(
         "Testing the checkpoint (half a minute; mmdet's tools/test.py)",
         *(TOOLS / "test.py", config, checkpoint, "--work-dir", out, "--show-dir", "pictures"),
-        *("--cfg-options", "default_hooks.visualization.score_thr=0.4"),
+        *("--cfg-options", "default_hooks.visualization.score_thr=0.25"),
     )
     metrics = json.loads(next(out.glob("*/*.json")).read_text())
     return metrics, next(out.glob("*/pictures"))

@@ -59,7 +59,7 @@ def background(rng):
 
 
 def paste(image, ink, x, y, colour):
-    """Blends ``colour`` into the image where there is ink, the ink's top left corner at (x, y), clipped to the image."""
+    """Blends ``colour`` into the image where there is ink, its top left corner at (x, y), clipped to the image."""
     x0, y0 = max(x, 0), max(y, 0)
     x1, y1 = min(x + ink.shape[1], SIZE), min(y + ink.shape[0], SIZE)
     alpha = ink[y0 - y : y1 - y, x0 - x : x1 - x, None]

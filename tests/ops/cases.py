@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
+from torch.nn import functional as F
 
 
 def pair(value):
@@ -85,12 +86,35 @@ CONV_CASES = {
     "depthwise-deform-groups": replace(BASE, channels=36, groups=36, out_channels=36, deform_groups=3),
     "depthwise-multiplier": replace(BASE, channels=10, groups=10, out_channels=20),
     "one-channel": replace(BASE, channels=1, out_channels=1),
+    "16-channels": replace(BASE, channels=16, out_channels=16),
     "17-channels": replace(BASE, channels=17, out_channels=19),
     "130-channels": replace(BASE, channels=130, out_channels=33, size=(5, 6)),
     "300-channels-tiles": replace(BASE, batch=1, channels=300, out_channels=7, size=(11, 13)),
     "many-positions": replace(BASE, channels=3, out_channels=2, size=(23, 31)),
     "batch-7": replace(BASE, batch=7),
     "batch-33": replace(BASE, batch=33, size=(3, 4)),
+}
+
+
+def _inside_nan(t):
+    """A slice, on every axis, of a larger tensor of NaN."""
+    padded = F.pad(t, [1] * 2 * t.dim(), value=float("nan"))
+    return padded[(slice(1, -1),) * t.dim()]
+
+
+def _inside_nan_channels_last(t):
+    if t.dim() != 4:
+        return _inside_nan(t)
+    padded = F.pad(t, [1] * 8, value=float("nan")).contiguous(memory_format=torch.channels_last)
+    return padded[1:-1, 1:-1, 1:-1, 1:-1]
+
+
+# Ways to hold a tensor's values that are neither contiguous nor channels_last, next to NaN where there is room.
+STRIDED = {
+    "slice": _inside_nan,
+    "slice-channels-last": _inside_nan_channels_last,
+    "every-other": lambda t: torch.stack([t, torch.full_like(t, float("nan"))], -1)[..., 0],
+    "reversed-axes": lambda t: t.permute(*range(t.dim())[::-1]).contiguous().permute(*range(t.dim())[::-1]),
 }
 
 
@@ -102,15 +126,21 @@ def relative_error(value, expected):
     return float(difference.max() / scale) if value.numel() else 0.0
 
 
+def random_gradient(output):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(-32, 33, output.shape, generator=generator).to(output) / 16
+
+
 def run(function, tensors, **options):
     """Output and gradients of ``function`` by name of the tensor, for one random gradient of the output.
 
-    The random gradient is the same for every function and dtype that gives an output of the same shape.
+    The random gradient is the same for every function and dtype that gives an output of the same shape: multiples of
+    1/16, which every dtype holds exactly.
     """
-    leaves = {name: t.detach().clone().requires_grad_() for name, t in tensors.items() if t is not None}
+    # Not cloned: a clone of a strided tensor is contiguous.
+    leaves = {name: t.detach().requires_grad_() for name, t in tensors.items() if t is not None}
     output = function(**leaves, **options)
-    seed = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
-    gradients = torch.autograd.grad(output, list(leaves.values()), seed, allow_unused=True)
+    gradients = torch.autograd.grad(output, list(leaves.values()), random_gradient(output), allow_unused=True)
     return output.detach(), dict(zip(leaves, gradients, strict=True))
 
 

@@ -1,11 +1,15 @@
+import itertools
+import math
+
 import pytest
 import torch
-from cases import as_float64, check_against, relative_error, run
+from cases import STRIDED, as_float64, check_against, random_gradient, relative_error, run
 
 from dcn_plugin.ops import deform_roi_align, reference
 
-# As for the convolution; bfloat16 inputs are read and summed in float32, so only the result is rounded.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}
+# As for the convolution, but all sums are of float32: of the half types only the result is rounded.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 ROIS = torch.tensor(
     [
         [0, 4.3, 6.1, 60.7, 40.2],
@@ -33,29 +37,41 @@ def with_rois(function, rois):
     return lambda input, **kwargs: function(input, rois.to(input.device, input.dtype), **kwargs)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+WHOLE_ROIS = ROIS.round()  # every dtype holds them exactly
+OURS, TRUTH = (with_rois(function, WHOLE_ROIS) for function in (deform_roi_align, reference.deform_roi_align))
+
+
+@DTYPES
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("channels", [1, 5, 64, 130])
-@pytest.mark.parametrize("sampling_ratio", [0, 1, 2])
+@pytest.mark.parametrize("sampling_ratio", [0, 1, 3])
 @pytest.mark.parametrize(("offset", "mask"), [(False, False), (True, False), (True, True)], ids=["plain", "v1", "v2"])
 def test_equals_reference(dtype, memory_format, channels, sampling_ratio, offset, mask, device):
-    if channels > 5 and sampling_ratio == 1:
-        sampling_ratio = 3
     tensors = make(dtype, device, channels, offset=offset, mask=mask, memory_format=memory_format)
-    # RoIs that every dtype holds exactly: their rounding is the caller's.
-    rois = ROIS.round()
     options = {**OPTIONS, "sampling_ratio": sampling_ratio}
-
-    def kernel(input, **kwargs):
-        return deform_roi_align(input, rois.to(input), **kwargs)
-
-    output, gradients = run(kernel, tensors, **options)
-    expected, expected_gradients = run(with_rois(reference.deform_roi_align, rois), as_float64(tensors), **options)
+    output = check_against(OURS, TRUTH, tensors, TOLERANCE[dtype], **options)
     assert output.dtype == dtype
     assert output.is_contiguous(memory_format=memory_format) or channels == 1
-    assert relative_error(output.cpu(), expected) <= TOLERANCE[dtype]
-    for name, gradient in gradients.items():
-        assert relative_error(gradient.cpu(), expected_gradients[name]) <= TOLERANCE[dtype], name
+
+
+@DTYPES
+@pytest.mark.parametrize("strided", STRIDED.values(), ids=STRIDED)
+def test_strided_tensors(strided, dtype, device):
+    tensors = {name: strided(t) for name, t in make(dtype, device).items()}
+    assert not tensors["input"].is_contiguous()
+    ours = with_rois(deform_roi_align, strided(WHOLE_ROIS))
+    check_against(ours, TRUTH, tensors, TOLERANCE[dtype], **OPTIONS)
+
+
+def test_any_layout_of_the_output_gradient(device):
+    tensors = make(torch.float32, device)
+    _, expected = run(OURS, tensors, **OPTIONS)
+    leaves = {name: t.requires_grad_() for name, t in tensors.items()}
+    output = OURS(**leaves, **OPTIONS)
+    for layout in (lambda t: t.contiguous(memory_format=torch.channels_last), *STRIDED.values()):
+        actual = torch.autograd.grad(output, leaves.values(), layout(random_gradient(output)), retain_graph=True)
+        for name, value in zip(leaves, actual, strict=True):
+            assert relative_error(value, expected[name]) < 1e-6, name
 
 
 def test_float32_rois_beside_half_features(device):
@@ -92,8 +108,23 @@ def test_no_rois(device):
 
 
 def test_no_images(device):
-    input = torch.randn(0, 5, 11, 13, device=device)
-    assert deform_roi_align(input, ROIS[:0].to(device), **OPTIONS).shape == (0, 5, 3, 4)
+    input = torch.randn(0, 5, 11, 13, device=device, requires_grad=True)
+    output = deform_roi_align(input, ROIS[:0].to(device), **OPTIONS)
+    assert output.shape == (0, 5, 3, 4)
+    output.sum().backward()
+    assert input.grad.shape == input.shape
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_pixels_that_nothing_samples_may_hold_anything(value, device):
+    tensors = make(torch.float32, device, channels=20)
+    tensors["input"][:, :, 0] = tensors["input"][:, :, :, 0] = value
+    tensors["offset"][:, :, 0, 0] = -1e4  # this bin lies outside
+    rois = torch.tensor([[0, 36.0, 36.0, 70.0, 60.0], [1, 40.0, 32.0, 64.0, 64.0]])  # far from the first row and column
+    tensors = {name: t if name == "input" else t[:2] for name, t in tensors.items()}
+    options = {**OPTIONS, "gamma": 0.01}
+    functions = (with_rois(function, rois) for function in (deform_roi_align, reference.deform_roi_align))
+    check_against(*functions, tensors, TOLERANCE[torch.float32], **options)
 
 
 @pytest.mark.parametrize("wild", [1e9, -1e9, 1e30, float("inf"), -float("inf"), float("nan")], ids=str)
@@ -104,9 +135,22 @@ def test_wild_offsets_and_rois_give_zeros(wild, device):
     assert not output[:, :, 1].any()
     assert output.isfinite().all()
     assert all(g.isfinite().all() for g in gradients.values())
-    rois = torch.tensor([[0, wild, 3.0, 5.0, 9.0], [0, 3.0, 3.0, wild, 9.0]])
-    output = deform_roi_align(tensors["input"], rois.to(device), **OPTIONS)
-    assert output.isfinite().all()
+
+
+@pytest.mark.parametrize("wild", [1e9, -1e9, 1e30, float("inf"), -float("inf"), float("nan")], ids=str)
+@pytest.mark.parametrize("sampling_ratio", [0, 2])
+def test_wild_rois(wild, sampling_ratio, device):
+    rois = ROIS[:3].repeat(2, 1)
+    for k, edge in enumerate((1, 2, 3, 4)):
+        rois[k, edge] = wild
+    tensors = make(torch.float32, device, rois=rois)
+    output, gradients = run(with_rois(deform_roi_align, rois), tensors, **{**OPTIONS, "sampling_ratio": sampling_ratio})
+    assert output[4:].any()
+    for value in (output, *gradients.values()):
+        assert value.isfinite().all()
+    if not math.isfinite(wild):
+        for value in (output, gradients["offset"], gradients["mask"]):
+            assert not value[:4].any()
 
 
 def test_huge_roi_is_mostly_zeros_and_does_not_hang(device):
@@ -124,8 +168,9 @@ def test_at_the_border(position, device):
     rois = torch.tensor([[0, 2.0, position, 3.0, position + 1]], device=device, dtype=torch.float64)
     tensors = dict(input=input, offset=torch.zeros(1, 2, 1, 1, device=device, dtype=torch.float64))
     options = dict(output_size=1, sampling_ratio=1)
-    check_against(with_rois(deform_roi_align, rois), with_rois(reference.deform_roi_align, rois.cpu()), tensors, 1e-12, **options)
-    output, gradients = run(with_rois(deform_roi_align, rois), tensors, **options)
+    ours, truth = with_rois(deform_roi_align, rois), with_rois(reference.deform_roi_align, rois.cpu())
+    check_against(ours, truth, tensors, 1e-12, **options)
+    output, gradients = run(ours, tensors, **options)
     if position < -1 or position > 5:
         assert not output.any()
     if position < 0 or position > 4:
@@ -141,6 +186,30 @@ def test_gradcheck(sampling_ratio, device):
         return deform_roi_align(input, rois, offset, mask=mask, **{**OPTIONS, "sampling_ratio": sampling_ratio})
 
     assert torch.autograd.gradcheck(function, [t.requires_grad_() for t in tensors.values()])
+
+
+@pytest.mark.parametrize("needed", ["input", "offset", "mask"])
+def test_gradients_only_where_required(needed, device):
+    tensors = make(torch.float64, device)
+    _, expected = run(OURS, tensors, **OPTIONS)
+    tensors[needed].requires_grad_()
+    output = OURS(**tensors, **OPTIONS)
+    output.backward(random_gradient(output))
+    torch.testing.assert_close(tensors[needed].grad, expected[needed])
+    assert all(t.grad is None for name, t in tensors.items() if name != needed)
+
+
+def test_backward_leaves_empty_what_is_not_needed(device):
+    t = make(torch.float32, device)
+    rois, gradient = WHOLE_ROIS.to(device), torch.randn(len(ROIS), 5, 3, 4, device=device)
+    for need_input, need_sampling in ((True, False), (False, True)):
+        for offset, mask in itertools.product((t["offset"], None), (t["mask"], None)):
+            gradients = torch.ops.dcn_plugin.deform_roi_align_backward(
+                gradient, t["input"], rois, offset, mask, [3, 4], 0.125, 0, 0.1, need_input, need_sampling
+            )
+            assert gradients[0].shape == (t["input"].shape if need_input else (0,))
+            for g, moved in zip(gradients[1:], (offset, mask), strict=True):
+                assert g.shape == (moved.shape if need_sampling and moved is not None else (0,))
 
 
 def test_second_derivatives_are_refused(device):
@@ -210,6 +279,7 @@ def _change(**changes):
 ERRORS = {
     "input-rank": (_change(input=lambda t: t[0]), {}, r"input must have shape \(N, C, H, W\), got \(5, 11, 13\)"),
     "rois-rank": (_change(rois=lambda t: t[0]), {}, r"rois must have shape \(K, 5\), got \(5,\)"),
+    "input-empty": (_change(input=lambda t: t[:, :0]), {}, r"at least one channel and one pixel, .* \(2, 0, 11, 13\)"),
     "rois-columns": (_change(rois=lambda t: t[:, :4]), {}, r"rois must have shape \(K, 5\).* got \(6, 4\)"),
     "rois-dtype": (_change(rois=lambda t: t.long()), {}, "rois must be float32.* got Long"),
     "offset-size": (_change(offset=lambda t: t[..., 1:]), {}, r"offset .* \(6, 2, 3, 4\), got \(6, 2, 3, 3\)"),
