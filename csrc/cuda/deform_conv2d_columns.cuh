@@ -4,6 +4,7 @@
 // A chunk is `span` neighbouring positions of each of `images` neighbouring images. Its rows are (image, position), and
 // a row's samples are, in order,
 //   channels last    columns[row][group][tap][channel of the group]       lanes are neighbouring channels
+//                    columns[row][tap][channel] if each group has one
 //   channels first   columns[image][channel][tap][position]               lanes are neighbouring positions
 // so that reads, writes and the product's output are all in the input's own layout. The backward reads the columns'
 // gradients there and leaves the samples in their place, for grad_weight.
@@ -14,7 +15,7 @@ namespace dcn::cuda {
 
 struct Chunk {
   int64_t first_image, images, first_position, span;
-  int64_t rows() const { return images * span; }
+  constexpr int64_t rows() const { return images * span; }
 };
 
 template <class T>
@@ -34,8 +35,6 @@ struct ColumnsArgs {
 // A block takes kTileRows rows and kTileSlots slots (a slot is a tap of a deform group). Blocks are numbered with slots
 // fastest, so that blocks that share rows of the map run together.
 constexpr int kTileRows = 32, kTileSlots = 8, kColumnThreads = kTileRows * kTileSlots;
-
-DCN_INLINE int64_t tile_count(int64_t items, int64_t tile) { return (items + tile - 1) / tile; }
 
 struct RowPosition {
   int64_t image, position;  // image counts from the chunk's first
@@ -107,9 +106,10 @@ DCN_DEVICE void store_narrowed(T* to, const Vec<Accum<T>, V>& from, Accum<T> sca
   store(to, out);
 }
 
-// Where the sample of `channel` at `tap` lies in its row; V neighbours of it never leave a group.
+// Where the sample of `channel` at `tap` lies in its row.
 DCN_DEVICE int64_t column_of(const DeformConv2dShape& s, int channel, int tap) {
   const int group_channels = static_cast<int>(s.group_channels());
+  if (group_channels == 1) return tap * s.channels + channel;
   const int group = channel / group_channels;
   return (group * s.taps() + tap) * group_channels + channel - group * group_channels;
 }
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kColumnThreads) sample_channels_last(ColumnsAr
 // Groups of `lanes` lanes (a power of two) share an entry's channels; the four sums of an entry are all that the lanes
 // have to add up.
 template <class T, int V>
-__global__ void __launch_bounds__(kColumnThreads) scatter_channels_last(ColumnsArgs<T> args, int lanes) {
+__global__ void __launch_bounds__(kColumnThreads, 2) scatter_channels_last(ColumnsArgs<T> args, int lanes) {
   using A = Accum<T>;
   const DeformConv2dShape& s = args.shape;
   const int taps = static_cast<int>(s.taps()), slots = static_cast<int>(s.deform_groups) * taps;
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kColumnThreads) scatter_in_order(ColumnsArgs<T
   const DeformConv2dShape& s = args.shape;
   const int taps = static_cast<int>(s.taps()), width = static_cast<int>(s.deform_group_channels());
   const int lane = threadIdx.x % 32;
-  const int64_t bands = tile_count(s.height, band_rows), slabs = tile_count(s.channels, 32);
+  const int64_t bands = divide_up(s.height, band_rows), slabs = divide_up(s.channels, 32);
   const int64_t task = thread_index() / 32;
   if (task >= args.chunk.images * slabs * bands) return;  // whole warps
   const int64_t band = task % bands, slab = task / bands % slabs, image = task / bands / slabs;
@@ -324,27 +324,6 @@ __global__ void __launch_bounds__(kColumnThreads) scatter_channels_first(Columns
 #pragma unroll
     for (int i = 0; i < 4; ++i) dot[i] += shares[other][i][lane];
   store_sampling_gradients(args, tap, dot, args.chunk.first_image + image, position, slot);
-}
-
-// ---- Around the product
-
-// output (count, in memory order) += bias; `period` elements share a channel.
-template <class T>
-__global__ void add_bias(T* output, const T* bias, int64_t count, int64_t period, int64_t channels) {
-  for (int64_t i = thread_index(); i < count; i += thread_count())
-    output[i] = narrow<T>(widen(output[i]) + widen(bias[i / period % channels]));
-}
-
-// total += addend, or total = addend.
-template <class T>
-__global__ void accumulate(Accum<T>* total, const T* addend, int64_t count, bool first) {
-  for (int64_t i = thread_index(); i < count; i += thread_count())
-    total[i] = first ? widen(addend[i]) : total[i] + widen(addend[i]);
-}
-
-template <class T>
-__global__ void narrow_all(T* to, const Accum<T>* from, int64_t count) {
-  for (int64_t i = thread_index(); i < count; i += thread_count()) to[i] = narrow<T>(from[i]);
 }
 
 }  // namespace dcn::cuda

@@ -2,11 +2,12 @@
 // C++ compiler with the test-suite's shim (tests/cuda_host/cuda_host.h), which runs the same kernels without a GPU.
 // Where the two differ, the difference is in this file, or behind a small function that the shim computes (inline PTX).
 //
-//   driver   const DeviceScope device(input);             guards input's device and holds its current stream
-//            device.launch(kernel, {blocks, threads, shared_bytes}, args...);        instead of <<<>>>
-//            blocks_for(items, threads)                   blocks of a one-dimensional grid-stride launch
-//            dispatch(type, [&]<class T>(T) { ... })      T is the dtype's kernel type: float, double, half_t,
-//            bfloat16_t view(tensor, sizes, strides, offset)         another view of a tensor's memory
+//   driver   const DeviceScope device(input);           guards input's device and holds its current stream
+//            device.launch(kernel, {blocks, threads, shared_bytes}, args...);       in place of <<<>>>
+//            blocks_for(items, threads)                 blocks of a one-dimensional grid-stride launch
+//            dispatch(type, [&]<class T>(T) { ... })    T: float, double, half_t or bfloat16_t
+//            view(tensor, sizes, strides, offset)       another view of a tensor's memory
+//            as_layout(tensor, channels_last), takes_vectors<T>(tensor, channels)
 //            STABLE_TORCH_LIBRARY_IMPL(dcn_plugin, DCN_DISPATCH_KEY, m) { ... }
 //   kernel   __global__, __device__, __launch_bounds__, threadIdx ..., __syncthreads, __syncwarp, __shfl_*_sync,
 //            __ballot_sync, atomicAdd, __ldg, __popc, __ffs      as in CUDA
@@ -102,7 +103,7 @@ class DeviceScope {
 
 #endif
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Enough blocks for one item a thread; a grid-stride loop takes what is past the largest grid.
 inline dim3 blocks_for(int64_t items, int64_t threads) {
@@ -128,6 +129,20 @@ inline Tensor view(const Tensor& t, const IntList& size, const IntList& stride, 
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), static_cast<int64_t>(size.size()), size.data(),
                                                                stride.data(), offset, &handle));
   return Tensor(handle);
+}
+
+inline MemoryFormat format_of(bool channels_last) {
+  return channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+}
+
+inline Tensor as_layout(const Tensor& t, bool channels_last) {
+  return as(t, t.scalar_type(), format_of(channels_last));
+}
+
+// For 16-byte vectors of T: `channels` neighbours of a tensor's divide into them, and so does its start.
+template <class T>
+bool takes_vectors(const Tensor& t, int64_t channels) {
+  return channels % (16 / sizeof(T)) == 0 && reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
 }
 
 // ---- Kernels

@@ -1,0 +1,117 @@
+// The three products of the column path (see deform_conv2d_columns.cuh for the columns' layout), through PyTorch's own
+// matrix product, written straight into their outputs.
+#pragma once
+#include <array>
+
+#include "deform_conv2d_columns.cuh"
+
+namespace dcn::cuda {
+
+// out = a b, for matrices or batches of them.
+inline void matmul_into(const Tensor& out, const Tensor& a, const Tensor& b) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
+                                    torch::stable::detail::from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher(out.dim() == 2 ? "aten::mm" : "aten::bmm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // gives the handle back
+}
+
+// A batch of matrices in a tensor's memory, as offset and strides.
+struct Matrices {
+  const Tensor& tensor;
+  int64_t offset, batch_stride, row_stride, column_stride;
+
+  Matrices transposed() const { return {tensor, offset, batch_stride, column_stride, row_stride}; }
+  Tensor of(int64_t batch, int64_t rows, int64_t columns) const {
+    if (batch == 1) return view(tensor, {rows, columns}, {row_stride, column_stride}, offset);
+    return view(tensor, {batch, rows, columns}, {batch_stride, row_stride, column_stride}, offset);
+  }
+  Matrices moved(int64_t by) const { return {tensor, offset + by, batch_stride, row_stride, column_stride}; }
+};
+
+// out (batch, m, n) = a (batch, m, k) b (batch, k, n)
+inline void multiply(int64_t batch, int64_t m, int64_t k, int64_t n, const Matrices& out, const Matrices& a,
+                     const Matrices& b) {
+  matmul_into(out.of(batch, m, n), a.of(batch, m, k), b.of(batch, k, n));
+}
+
+// The operands of a chunk. Channels last there is a row of each matrix for each row of the chunk, and the batch is the
+// groups; channels first every image has matrices of its own, in which positions are columns, and the batch is the
+// images, or the groups of each image.
+struct Operands {
+  Operands(const DeformConv2dShape& s, const Chunk& chunk, bool channels_last)
+      : depth(s.group_channels() * s.taps()), outs(s.group_out_channels()) {
+    if (channels_last) {
+      batch = s.groups, repeats = 1, rows = chunk.rows();
+      column_strides = {depth, s.groups * depth, 1};
+      output_strides = {outs, s.out_channels, 1};
+      output_offset = (chunk.first_image * s.positions() + chunk.first_position) * s.out_channels;
+      return;
+    }
+    const bool by_image = s.groups == 1;
+    batch = by_image ? chunk.images : s.groups, repeats = by_image ? 1 : chunk.images, rows = chunk.span;
+    column_strides = {depth * rows, 1, rows};
+    output_strides = {outs * s.positions(), 1, s.positions()};
+    output_offset = chunk.first_image * s.out_channels * s.positions() + chunk.first_position;
+    column_repeat = s.channels * s.taps() * rows, output_repeat = s.out_channels * s.positions();
+    shared_weight = by_image;
+  }
+
+  Matrices columns(const Tensor& t, int64_t repeat) const {  // (rows, depth)
+    return {t, repeat * column_repeat, column_strides[0], column_strides[1], column_strides[2]};
+  }
+  Matrices output(const Tensor& t, int64_t repeat) const {  // (rows, outs)
+    return {t, output_offset + repeat * output_repeat, output_strides[0], output_strides[1], output_strides[2]};
+  }
+  Matrices weight(const Tensor& t) const {  // (outs, depth)
+    return {t, 0, shared_weight ? 0 : outs * depth, depth, 1};
+  }
+
+  int64_t depth, outs, batch, repeats, rows;
+  std::array<int64_t, 3> column_strides, output_strides;
+  int64_t output_offset, column_repeat = 0, output_repeat = 0;
+  bool shared_weight = false;
+};
+
+inline void product_output(const DeformConv2dShape& s, const Chunk& chunk, bool channels_last, const Tensor& weight,
+                           const Tensor& columns, const Tensor& output) {
+  const Operands o(s, chunk, channels_last);
+  for (int64_t i = 0; i < o.repeats; ++i) {
+    if (channels_last)
+      multiply(o.batch, o.rows, o.depth, o.outs, o.output(output, i), o.columns(columns, i),
+               o.weight(weight).transposed());
+    else
+      multiply(o.batch, o.outs, o.depth, o.rows, o.output(output, i).transposed(), o.weight(weight),
+               o.columns(columns, i).transposed());
+  }
+}
+
+inline void product_grad_columns(const DeformConv2dShape& s, const Chunk& chunk, bool channels_last,
+                                 const Tensor& weight, const Tensor& grad_output, const Tensor& columns) {
+  const Operands o(s, chunk, channels_last);
+  for (int64_t i = 0; i < o.repeats; ++i) {
+    if (channels_last)
+      multiply(o.batch, o.rows, o.outs, o.depth, o.columns(columns, i), o.output(grad_output, i), o.weight(weight));
+    else
+      multiply(o.batch, o.depth, o.outs, o.rows, o.columns(columns, i).transposed(), o.weight(weight).transposed(),
+               o.output(grad_output, i).transposed());
+  }
+}
+
+// Calls `add` whenever `addend` holds a share of the gradient.
+template <class Add>
+void product_grad_weight(const DeformConv2dShape& s, const Chunk& chunk, bool channels_last, const Tensor& grad_output,
+                         const Tensor& columns, const Tensor& addend, const Add& add) {
+  const Operands o(s, chunk, channels_last);
+  // The images of a batch have one gradient between them.
+  const int64_t images = o.shared_weight ? o.batch : 1, batch = o.shared_weight ? 1 : o.batch;
+  for (int64_t i = 0; i < o.repeats; ++i)
+    for (int64_t image = 0; image < images; ++image) {
+      const Matrices grad = o.output(grad_output, i).moved(image * o.output_strides[0]);
+      const Matrices samples = o.columns(columns, i).moved(image * o.column_strides[0]);
+      multiply(batch, o.outs, o.rows, o.depth, o.weight(addend), grad.transposed(), samples);
+      add();
+    }
+}
+
+}  // namespace dcn::cuda

@@ -1,0 +1,96 @@
+// Deformable convolution on CUDA: the operators, and the rule that chooses between their kernels.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "deform_conv2d.h"
+
+namespace dcn::cuda {
+namespace {
+
+// The one place that chooses. A fused kernel takes channels-last input, weights contiguous as (Co, kh, kw, C / groups),
+// offset and mask as Planes, bias or null, and writes channels-last output; the columns take everything.
+bool fused_takes(const ConvTensors&) { return false; }
+
+DeformConv2dShape checked_shape(const Tensor& input, const Tensor& offset, const Tensor& weight,
+                                const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
+                                const IntList& stride, const IntList& padding, const IntList& dilation) {
+  check_floating(input, "input");
+  check_like_input(offset, input, "offset");
+  check_like_input(weight, input, "weight");
+  check_like_input(bias, input, "bias");
+  check_like_input(mask, input, "mask");
+  return make_deform_conv2d_shape(sizes(input), sizes(offset), sizes(weight), sizes(bias), sizes(mask), sizes(stride),
+                                  sizes(padding), sizes(dilation));
+}
+
+// Offset and mask are read in the layout they have.
+Tensor as_dense(const Tensor& t) { return as_layout(t, prefers_channels_last(t)); }
+std::optional<Tensor> as_dense(const std::optional<Tensor>& t) {
+  return t ? std::optional<Tensor>(as_dense(*t)) : std::nullopt;
+}
+
+ConvTensors prepare(const DeformConv2dShape& s, bool channels_last, const Tensor& input, const Tensor& offset,
+                    const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& mask) {
+  return {s,
+          channels_last,
+          as_layout(input, channels_last),
+          as_dense(offset),
+          as_layout(weight, channels_last),
+          as(bias, input.scalar_type()),
+          as_dense(mask)};
+}
+
+Tensor forward(const Tensor& input, const Tensor& offset, const Tensor& weight, const std::optional<Tensor>& bias,
+               const std::optional<Tensor>& mask, IntList stride, IntList padding, IntList dilation) {
+  const auto s = checked_shape(input, offset, weight, bias, mask, stride, padding, dilation);
+  const DeviceScope device(input);
+  const bool channels_last = prefers_channels_last(input);
+  const Tensor output =
+      empty(input, {s.batch, s.out_channels, s.out_height, s.out_width}, input.scalar_type(), format_of(channels_last));
+  if (s.batch == 0) return output;
+  const ConvTensors tensors = prepare(s, channels_last, input, offset, weight, bias, mask);
+  if (!fused_takes(tensors)) columns_forward(device, tensors, output);
+  return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input,
+                                                    const Tensor& offset, const Tensor& weight,
+                                                    const std::optional<Tensor>& mask, IntList stride, IntList padding,
+                                                    IntList dilation, bool need_input, bool need_sampling,
+                                                    bool need_weight, bool deterministic) {
+  const auto s = checked_shape(input, offset, weight, std::nullopt, mask, stride, padding, dilation);
+  check_like_input(grad_output, input, "grad_output");
+  check_shape(sizes(grad_output), {s.batch, s.out_channels, s.out_height, s.out_width}, "grad_output",
+              "(N, Co, Ho, Wo)");
+  const DeviceScope device(input);
+  const ScalarType type = input.scalar_type();
+  // What adds in order knows one layout only.
+  const bool channels_last = deterministic || prefers_channels_last(input);
+  const auto gradient_of = [&](bool needed, const Tensor& t, bool last) {
+    return needed ? std::optional<Tensor>(empty(t, IntList(sizes(t).begin(), sizes(t).end()), type, format_of(last)))
+                  : std::nullopt;
+  };
+  const ConvGradients grad{gradient_of(need_input, input, channels_last), gradient_of(need_sampling, offset, false),
+                           mask ? gradient_of(need_sampling, *mask, false) : std::nullopt,
+                           gradient_of(need_weight, weight, channels_last)};
+  if (s.batch > 0)
+    columns_backward(device, prepare(s, channels_last, input, offset, weight, std::nullopt, mask),
+                     as_layout(grad_output, channels_last), deterministic, grad);
+  else if (grad.weight)
+    torch::stable::zero_(const_cast<Tensor&>(*grad.weight));
+  const auto finish = [&](const std::optional<Tensor>& g, bool last) {
+    return g ? as_layout(*g, last) : empty(input, {0}, type);
+  };
+  return {finish(grad.input, prefers_channels_last(input)), finish(grad.offset, false), finish(grad.mask, false),
+          finish(grad.weight, prefers_channels_last(weight))};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(dcn_plugin, DCN_DISPATCH_KEY, m) {
+  m.impl("deform_conv2d", TORCH_BOX(&forward));
+  m.impl("deform_conv2d_backward", TORCH_BOX(&backward));
+}
+
+}  // namespace dcn::cuda

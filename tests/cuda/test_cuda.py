@@ -1,0 +1,180 @@
+"""What only a GPU can show: streams, devices, graphs, absence of synchronisation, repeatability, large tensors."""
+
+import contextlib
+
+import pytest
+import torch
+
+from dcn_plugin.ops import deform_conv2d, deform_roi_align
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+@contextlib.contextmanager
+def strict_float32():
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    yield
+    matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def conv_case(device="cuda", dtype=torch.float32, memory_format=torch.contiguous_format, n=2, c=64, size=(30, 44)):
+    def random(*shape, scale=1.0):
+        t = (torch.randn(shape) * scale).to(device=device, dtype=dtype, memory_format=memory_format)
+        return t.requires_grad_()
+
+    input, offset, mask = random(n, c, *size), random(n, 18, *size, scale=2), random(n, 9, *size)
+    weight = random(96, c, 3, 3, scale=0.05)
+    return lambda: deform_conv2d(input, offset, weight, None, 1, 1, 1, mask), [input, offset, weight, mask]
+
+
+def roi_case(device="cuda", dtype=torch.float32, memory_format=torch.contiguous_format):
+    input = torch.randn(2, 64, 50, 60).to(device=device, dtype=dtype, memory_format=memory_format).requires_grad_()
+    corners = torch.rand(200, 2, 2).mul(400).sort(1).values.flatten(1)
+    rois = torch.cat([torch.arange(200.0)[:, None] % 2, corners], 1).to(device)
+    offset = torch.randn(200, 2, 7, 7).to(device, dtype).requires_grad_()
+    mask = torch.rand(200, 1, 7, 7).to(device, dtype).requires_grad_()
+    return lambda: deform_roi_align(input, rois, offset, 7, 0.125, 0, 0.1, mask), [input, offset, mask]
+
+
+CASES = pytest.mark.parametrize("make", [conv_case, roi_case])
+
+
+def gradients(run, leaves):
+    output = run()
+    weights = torch.linspace(-1, 1, output.numel(), device=output.device).view(output.shape).to(output.dtype)
+    return [output.detach(), *torch.autograd.grad(output, leaves, weights)]
+
+
+def relative_error(actual, expected):
+    actual, expected = actual.double().cpu(), expected.double().cpu()
+    return float(torch.linalg.vector_norm(actual - expected) / torch.linalg.vector_norm(expected))
+
+
+@CASES
+@pytest.mark.parametrize("memory_format", LAYOUTS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 4e-3), (torch.bfloat16, 2e-2)])
+def test_equals_the_cpu(make, memory_format, dtype, tolerance):
+    with strict_float32():
+        torch.manual_seed(0)
+        run, leaves = make("cuda", dtype, memory_format)
+        actual = gradients(run, leaves)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        run, leaves = make("cpu", torch.float64, memory_format)
+        torch.manual_seed(0)
+        for leaf, source in zip(leaves, make("cpu", dtype, memory_format)[1], strict=True):
+            leaf.copy_(source)
+    expected = gradients(run, leaves)
+    for a, b in zip(actual, expected, strict=True):
+        assert relative_error(a, b) < tolerance
+
+
+@CASES
+@pytest.mark.parametrize("memory_format", LAYOUTS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_deterministic_backward_repeats(make, memory_format, dtype):
+    run, leaves = make("cuda", dtype, memory_format)
+    fast = gradients(run, leaves)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = gradients(run, leaves), gradients(run, leaves)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for a, b, c in zip(first, second, fast, strict=True):
+        assert torch.equal(a, b)
+        assert relative_error(a, c) < 1e-2
+
+
+@CASES
+def test_captured_in_a_graph(make):
+    run, leaves = make(memory_format=torch.channels_last)
+    expected = gradients(run, leaves)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        gradients(run, leaves)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradients(run, leaves)
+    for t in captured:
+        t.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    for a, b in zip(captured, expected, strict=True):
+        assert relative_error(a, b) < 1e-5
+
+
+@CASES
+@pytest.mark.parametrize("memory_format", LAYOUTS, ids=["nchw", "nhwc"])
+def test_never_synchronises(make, memory_format):
+    run, leaves = make(memory_format=memory_format)
+    gradients(run, leaves)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gradients(run, leaves)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@CASES
+def test_runs_on_the_current_stream(make):
+    run, leaves = make()
+    expected = gradients(run, leaves)
+    held = [leaf.detach().clone() for leaf in leaves]
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream), torch.no_grad():
+        for leaf in leaves:
+            leaf.zero_()
+        torch.cuda._sleep(100_000_000)
+        for leaf, value in zip(leaves, held, strict=True):
+            leaf.copy_(value)
+    with torch.cuda.stream(stream):  # behind the sleep; elsewhere the leaves would still be zero
+        actual = gradients(run, leaves)
+    torch.cuda.synchronize()
+    for a, b in zip(actual, expected, strict=True):
+        assert relative_error(a, b) < 1e-5
+
+
+@CASES
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_second_device(make):
+    torch.manual_seed(0)
+    first = gradients(*make("cuda:0"))
+    torch.manual_seed(0)
+    second = gradients(*make("cuda:1"))
+    assert torch.cuda.current_device() == 0
+    for a, b in zip(second, first, strict=True):
+        assert a.device.index == 1
+        assert relative_error(a, b) < 1e-5
+
+
+def test_roi_of_no_image_gives_zeros():
+    input = torch.randn(2, 8, 10, 10, device="cuda", requires_grad=True)
+    rois = torch.tensor([[5.0, 0, 0, 8, 8], [-1.0, 0, 0, 8, 8], [float("nan"), 0, 0, 8, 8]], device="cuda")
+    output = deform_roi_align(input, rois)
+    (grad,) = torch.autograd.grad(output.sum(), input)
+    assert not output.any()
+    assert not grad.any()
+
+
+@pytest.mark.parametrize("memory_format", LAYOUTS, ids=["nchw", "nhwc"])
+def test_more_than_2_31_elements(memory_format):
+    n, c, size = 34, 256, 512
+    if torch.cuda.mem_get_info()[0] < 40 << 30:
+        pytest.skip("needs 40 GiB of free memory")
+    input = torch.empty(n, c, size, size, device="cuda", dtype=torch.half, memory_format=memory_format)
+    torch.manual_seed(0)
+    input.normal_().requires_grad_()
+    offset = torch.randn(n, 2, size, size, device="cuda", dtype=torch.half)
+    weight = torch.randn(8, c, 1, 1, device="cuda", dtype=torch.half)
+    last = input.detach()[-1:].clone(memory_format=memory_format).requires_grad_()
+    output, expected = deform_conv2d(input, offset, weight), deform_conv2d(last, offset[-1:], weight)
+    assert relative_error(output[-1:], expected) < 1e-3
+    output.backward(torch.ones_like(output))
+    expected.backward(torch.ones_like(expected))
+    assert relative_error(input.grad[-1:], last.grad) < 1e-3
