@@ -19,4 +19,11 @@ STABLE_TORCH_LIBRARY(dcn_plugin, m) {
       "deform_roi_align_backward(Tensor grad_output, Tensor input, Tensor rois, Tensor? offset, Tensor? mask, "
       "int[2] output_size, float spatial_scale, int sampling_ratio, float gamma, bool need_input, "
       "bool need_sampling, bool deterministic=False) -> (Tensor grad_input, Tensor grad_offset, Tensor grad_mask)");
+  m.def(
+      "deform_ps_roi_pool(Tensor input, Tensor rois, Tensor? offset, int[2] output_size, int[2] group_size, "
+      "int[2] part_size, int sample_per_part, float spatial_scale, float trans_std) -> Tensor");
+  m.def(
+      "deform_ps_roi_pool_backward(Tensor grad_output, Tensor input, Tensor rois, Tensor? offset, int[2] output_size, "
+      "int[2] group_size, int[2] part_size, int sample_per_part, float spatial_scale, float trans_std, "
+      "bool need_input, bool need_offset, bool deterministic=False) -> (Tensor grad_input, Tensor grad_offset)");
 }

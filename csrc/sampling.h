@@ -43,6 +43,14 @@ DCN_INLINE AxisSample<T> locate_clamped(T position, int32_t size) {
   return {low, low + 1, position - T(low)};
 }
 
+// PS RoI pooling: a sample counts where -0.5 <= position <= size - 0.5, the area that the map's pixels cover; beyond
+// the border pixel's centre it takes that pixel's value, as above.
+template <class T>
+DCN_INLINE AxisSample<T> locate_on_map(T position, int32_t size) {
+  if (!(position >= T(-0.5) && position <= T(size) - T(0.5))) return {-1, -1, T(0)};
+  return locate_clamped(position, size);
+}
+
 // A sample of a map of `width` columns: its four pixels (top left, top right, bottom left, bottom right; row-major
 // index, -1 outside the map), their weights, and the fractions that the derivatives need.
 template <class T>

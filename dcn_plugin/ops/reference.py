@@ -141,3 +141,64 @@ def deform_roi_align(
         return pooled if mask is None else pooled * mask[k]
 
     return torch.stack([pool(k) for k in range(len(rois))]) if len(rois) else empty.new_empty(0, *empty.shape)
+
+
+def _round(x: Tensor) -> Tensor:
+    """To the nearest integer, halves away from 0, as C rounds."""
+    return x.trunc() + x.sign() * ((x - x.trunc()).abs() >= 0.5)
+
+
+def deform_ps_roi_pool(
+    input: Tensor,
+    rois: Tensor,
+    offset: Tensor | None = None,
+    output_size=7,
+    group_size=None,
+    part_size=None,
+    sample_per_part=4,
+    spatial_scale=1.0,
+    trans_std=0.1,
+) -> Tensor:
+    """See :func:`dcn_plugin.ops.deform_ps_roi_pool`: equation 6 of `Deformable Convolutional Networks
+    <https://arxiv.org/abs/1703.06211>`_ with the sampling of its authors' position-sensitive RoI pooling.
+
+    One difference to theirs: at the centre of a pixel they derive the offset to 0; here, as everywhere, it is the
+    derivative towards the next pixel.
+    """
+    out_h, out_w = _pair(output_size)
+    group_h, group_w = _pair(output_size if group_size is None else group_size)
+    part_h, part_w = _pair(output_size if part_size is None else part_size)
+    height, width = input.shape[-2:]
+    output_dim = input.shape[1] // (group_h * group_w)
+    classes = 1 if offset is None else offset.shape[1] // 2
+    # Each class's maps: (N, classes, D / classes, gh, gw, H, W).
+    maps = input.reshape(-1, classes, output_dim // classes, group_h, group_w, height, width)
+    steps = torch.arange(sample_per_part).to(input) / sample_per_part
+
+    def pool(roi, k, kind, i, j):
+        x1, y1 = _round(roi[1:3]) * spatial_scale - 0.5
+        x2, y2 = (_round(roi[3:5]) + 1) * spatial_scale - 0.5
+        roi_w, roi_h = (x2 - x1).clamp_min(0.1), (y2 - y1).clamp_min(0.1)
+        x = x1 + (j + steps) * roi_w / out_w
+        y = y1 + (i + steps) * roi_h / out_h
+        if offset is not None:
+            dx, dy = offset[k, 2 * kind : 2 * kind + 2, i * part_h // out_h, j * part_w // out_w]
+            x = x + trans_std * roi_w * dx
+            y = y + trans_std * roi_h * dy
+        y, x = (p.reshape(-1) for p in torch.meshgrid(y, x, indexing="ij"))
+        counts = (y >= -0.5) & (y <= height - 0.5) & (x >= -0.5) & (x <= width - 0.5)
+        own = maps[int(roi[0]), kind, :, i * group_h // out_h, j * group_w // out_w]
+        samples = _sample_clamped(own, y.where(counts, 0), x.where(counts, 0)).where(counts, 0)
+        return samples.sum(-1) / counts.sum().clamp_min(1)
+
+    output = input.new_zeros(rois.shape[0], output_dim, out_h, out_w)
+    pooled = []
+    for k, roi in enumerate(rois):
+        if not torch.isfinite(roi).all():
+            pooled.append(output[k])
+            continue
+        bins = [
+            torch.cat([pool(roi, k, kind, i, j) for kind in range(classes)]) for i in range(out_h) for j in range(out_w)
+        ]
+        pooled.append(torch.stack(bins, -1).reshape(-1, out_h, out_w))
+    return torch.stack(pooled) if pooled else output

@@ -1,4 +1,4 @@
-"""'DeformRoIExtractor': level assignment, types of RoI layers, and its place in mmdet's heads."""
+"""The RoI extractors: level assignment and aggregation, types of RoI layers, precision and gradients."""
 
 import pytest
 import torch
@@ -6,11 +6,11 @@ from torch import nn
 
 pytest.importorskip("mmdet")
 
-from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
+from mmdet.models.roi_heads.roi_extractors import GenericRoIExtractor, SingleRoIExtractor
 from mmdet.registry import MODELS
 
 from dcn_plugin import layers
-from dcn_plugin.ops import deform_roi_align
+from dcn_plugin.ops import deform_ps_roi_pool, deform_roi_align
 
 PACKS = pytest.mark.parametrize("pack", ["DeformRoIAlignPack", "ModulatedDeformRoIAlignPack"])
 FEATS = tuple(torch.randn(2, 4, 256 // stride, 256 // stride) for stride in (4, 8, 16, 32))
@@ -122,3 +122,106 @@ def test_unknown_types_are_told_the_choices():
 def test_more_maps_than_strides_is_an_error():
     with pytest.raises(IndexError):
         extractor(strides=(4, 8))(FEATS, ROIS)
+
+
+def generic(kind="DeformRoIAlign", out_channels=4, strides=(4, 8, 16, 32), **options):
+    roi_layer = dict(type=kind, output_size=3, sampling_ratio=2)
+    if "Pack" in kind:
+        roi_layer |= dict(output_channels=4, deform_fc_channels=8)
+    return MODELS.build(
+        dict(
+            type="DeformGenericRoIExtractor",
+            roi_layer=roi_layer,
+            out_channels=out_channels,
+            featmap_strides=list(strides),
+            **options,
+        )
+    )
+
+
+@pytest.mark.parametrize("factor", [None, 0.7])
+@pytest.mark.parametrize(("aggregation", "out_channels"), [("sum", 4), ("concat", 16)])
+def test_aggregates_as_generic_roi_extractor(aggregation, out_channels, factor):
+    plugin = dict(type="ConvModule", in_channels=4, out_channels=4, kernel_size=3, padding=1)
+    last = plugin | dict(in_channels=out_channels, out_channels=out_channels)
+    ours = generic("DeformRoIAlign", out_channels, aggregation=aggregation, pre_cfg=plugin, post_cfg=last)
+    theirs = GenericRoIExtractor(
+        roi_layer=dict(type="RoIAlign", output_size=3, sampling_ratio=2, aligned=True),
+        out_channels=out_channels,
+        featmap_strides=[4, 8, 16, 32],
+        aggregation=aggregation,
+        pre_cfg=plugin,
+        post_cfg=last,
+    )
+    assert isinstance(ours, GenericRoIExtractor)
+    theirs.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(ours(FEATS, ROIS, factor), theirs(FEATS, ROIS, factor), rtol=1e-4, atol=1e-4)
+
+
+@PACKS
+@pytest.mark.parametrize("count", [0, 2])
+def test_generic_gives_every_parameter_a_gradient(pack, count):
+    built = generic(pack)
+    output = built(FEATS, ROIS[:count])
+    assert output.shape == (count, 4, 3, 3)
+    output.sum().backward()
+    assert all(parameter.grad is not None for parameter in built.parameters())
+
+
+def test_generic_scales_the_rois_of_a_single_map():
+    built = generic(strides=(16,))
+    half = torch.tensor([[1, 62.5, 60.0, 187.5, 180.0]])
+    torch.testing.assert_close(built(FEATS[2:3], ROIS[1:2], 0.5), pooled_from([2], half))
+
+
+def test_concatenated_channels_are_checked():
+    with pytest.raises(ValueError, match="out_channels is 4, but the levels together have 16"):
+        generic(aggregation="concat")(FEATS, ROIS)
+
+
+def ps_extractor(kind, strides=(8,), **roi_layer):
+    roi_layer = dict(type=kind, output_size=2, sample_per_part=2) | roi_layer
+    return MODELS.build(
+        dict(type="DeformPSRoIExtractor", roi_layer=roi_layer, out_channels=3, featmap_strides=list(strides))
+    )
+
+
+PS_LAYERS = {
+    "DeformPSRoIPool": (12, {}),
+    "DeformPSRoIPoolPack": (12, dict(output_dim=3, deform_fc_channels=8)),
+    "DeformPSRoIConvPack": (5, dict(in_channels=5, output_dim=3, num_classes=3)),
+}
+
+
+@pytest.mark.parametrize("kind", PS_LAYERS)
+def test_position_sensitive(kind):
+    channels, options = PS_LAYERS[kind]
+    built, feat = ps_extractor(kind, **options), torch.randn(2, channels, 32, 32)
+    maps = built.roi_layers[0].score_maps(feat) if "Conv" in kind else feat
+    expected = deform_ps_roi_pool(maps, ROIS, None, 2, sample_per_part=2, spatial_scale=1 / 8)
+    torch.testing.assert_close(built((feat,), ROIS), expected)  # untrained: straight bins
+    half = torch.tensor([[1, 62.5, 60.0, 187.5, 180.0]])
+    torch.testing.assert_close(built((feat,), ROIS[1:2], 0.5), built((feat,), half))
+    for count in (0, 2):
+        built.zero_grad()
+        output = built((feat,), ROIS[:count])
+        assert output.shape == (count, 3, 2, 2)
+        if list(built.parameters()):
+            output.sum().backward()
+        assert all(parameter.grad is not None for parameter in built.parameters())
+
+
+def test_position_sensitive_on_a_pyramid():
+    built = ps_extractor("DeformPSRoIPool", (4, 8, 16, 32), group_size=1)
+    rows = [
+        deform_ps_roi_pool(FEATS[level], roi[None], None, 2, 1, sample_per_part=2, spatial_scale=1 / (4 * 2**level))
+        for level, roi in zip(LEVELS, ROIS, strict=True)
+    ]
+    torch.testing.assert_close(built(FEATS, ROIS), torch.cat(rows))
+
+
+def test_position_sensitive_layers_are_named():
+    with pytest.raises(
+        ValueError, match="DeformPSRoIExtractor must be one of DeformPSRoIConvPack, .*got 'DeformRoIAlign'"
+    ):
+        ps_extractor("DeformRoIAlign")

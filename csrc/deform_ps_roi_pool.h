@@ -1,0 +1,102 @@
+// The sizes of a deformable position-sensitive RoI pooling, built and checked once, and where a RoI's samples lie, for
+// every device.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <optional>
+
+#include "check.h"
+#include "sampling.h"
+
+namespace dcn {
+
+struct DeformPSRoIPoolShape {
+  int64_t batch, channels, height, width;  // input
+  int64_t rois, output_dim, out_height, out_width;
+  int64_t group_height, group_width;  // maps of an output channel, each for its share of the bins
+  int64_t part_height, part_width;    // offsets of a class, each for its share of the bins
+  int64_t classes;                    // of offsets, an equal number of output channels each; 1 without offsets
+  int64_t samples;                    // a bin and axis
+  double spatial_scale, trans_std;
+
+  constexpr int64_t bins() const { return out_height * out_width; }
+  constexpr int64_t parts() const { return part_height * part_width; }
+  constexpr int64_t class_channels() const { return output_dim / classes; }
+
+  // The input channel that holds an output channel for a bin.
+  constexpr int64_t map_of(int64_t channel, int64_t row, int64_t column) const {
+    const int64_t group_row = row * group_height / out_height, group_column = column * group_width / out_width;
+    return (channel * group_height + group_row) * group_width + group_column;
+  }
+  // The place of a bin's offset among its class's.
+  constexpr int64_t part_of(int64_t row, int64_t column) const {
+    return row * part_height / out_height * part_width + column * part_width / out_width;
+  }
+};
+
+// Throws an error that names the argument and both shapes; offset may be absent.
+inline DeformPSRoIPoolShape make_deform_ps_roi_pool_shape(Sizes input, Sizes rois, std::optional<Sizes> offset,
+                                                          Sizes output_size, Sizes group_size, Sizes part_size,
+                                                          int64_t sample_per_part, double spatial_scale,
+                                                          double trans_std) {
+  check_rank(input, 4, "input", "(N, output_dim * group_size^2, H, W)");
+  check_rank(rois, 2, "rois", "(K, 5)");
+  check(rois[1] == 5, "rois must have shape (K, 5), each row (batch index, x1, y1, x2, y2), got ", to_string(rois));
+  const auto check_grid = [](Sizes size, const char* name) {
+    check(size.size() == 2 && size[0] > 0 && size[1] > 0, name, " must be two positive integers, got ",
+          to_string(size));
+  };
+  check_grid(output_size, "output_size");
+  check_grid(group_size, "group_size");
+  check_grid(part_size, "part_size");
+  check(sample_per_part > 0, "sample_per_part must be positive, got ", sample_per_part);
+  check(input[1] > 0 && input[2] > 0 && input[3] > 0, "input must have at least one channel and one pixel, got shape ",
+        to_string(input));
+  check(input[2] <= std::numeric_limits<int32_t>::max() / input[3],
+        "input's maps must have less than 2^31 pixels, got shape ", to_string(input));
+  check(input[1] % group_size[0] == 0 && input[1] / group_size[0] % group_size[1] == 0, "input must have output_dim * ",
+        group_size[0], " * ", group_size[1], " channels for group_size ", to_string(group_size), ", got shape ",
+        to_string(input));
+  const int64_t output_dim = input[1] / group_size[0] / group_size[1];
+  int64_t classes = 1;
+  if (offset) {
+    check_rank(*offset, 4, "offset", "(K, 2 * classes, part height, part width)");
+    classes = (*offset)[1] / 2;
+    check(classes > 0 && (*offset)[1] == 2 * classes && output_dim % classes == 0,
+          "offset must have 2 * classes channels, for a number of classes that divides the ", output_dim,
+          " output channels, got ", to_string(*offset), " for input ", to_string(input));
+    check_shape(*offset, {rois[0], 2 * classes, part_size[0], part_size[1]}, "offset",
+                "(K, 2 * classes, part height, part width)");
+  }
+  return {input[0],       input[1],        input[2],      input[3],      rois[0],      output_dim,
+          output_size[0], output_size[1],  group_size[0], group_size[1], part_size[0], part_size[1],
+          classes,        sample_per_part, spatial_scale, trans_std};
+}
+
+// One axis of a RoI on the input map, in pixels: where its first bin starts, how long it and each bin are, and the step
+// between a bin's samples, the first of which lies at the bin's start.
+template <class T>
+struct PSRoIAxis {
+  T start, length, bin, step;
+};
+
+// `low` and `high` are the RoI's first and last pixel in the image, rounded. A RoI that is not finite has no sample on
+// the map.
+template <class T>
+DCN_INLINE PSRoIAxis<T> ps_roi_axis(T low, T high, T spatial_scale, int64_t bins, int64_t samples) {
+  const T start = std::round(low) * spatial_scale - T(0.5);
+  const T end = (std::round(high) + T(1)) * spatial_scale - T(0.5);
+  T length = end - start;
+  if (length < T(0.1) && std::isfinite(length)) length = T(0.1);
+  const T bin = length / T(bins);
+  return {start, length, bin, bin / T(samples)};
+}
+
+// `shift` is the bin's offset in pixels.
+template <class T>
+DCN_INLINE T sample_position(const PSRoIAxis<T>& axis, int64_t bin, T shift, int64_t index) {
+  return axis.start + T(bin) * axis.bin + shift + T(index) * axis.step;
+}
+
+}  // namespace dcn
