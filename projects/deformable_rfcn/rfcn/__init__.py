@@ -1,0 +1,3 @@
+from .rfcn_head import RFCNBBoxHead, RFCNRoIHead
+
+__all__ = ["RFCNBBoxHead", "RFCNRoIHead"]
