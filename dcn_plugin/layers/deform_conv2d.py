@@ -13,6 +13,7 @@ from torch.nn.modules.utils import _pair
 
 from dcn_plugin.ops import deform_conv2d
 
+from .bound import checked_bound
 from .zero_init import ZeroInitConv2d
 
 
@@ -34,6 +35,8 @@ def _explicit_padding(padding, kernel_size, stride, dilation):
 class _DeformConv:
     """Mixin: what a deformable convolution's constructor adds to that of ``nn.Conv2d``, in mmcv's positional order."""
 
+    observer = None  # if set, called with (input, offset, mask), which the operator is about to get
+
     def __init__(
         self,
         in_channels,
@@ -49,6 +52,7 @@ class _DeformConv:
         *,
         padding_mode="zeros",
         deformable_groups=None,
+        max_offset=None,
         device=None,
         dtype=None,
     ):
@@ -76,9 +80,18 @@ class _DeformConv:
             dtype=dtype,
         )
         self.deform_groups = deform_groups
+        self.max_offset = checked_bound(max_offset)
+
+    def _deform(self, input, offset, weight, bias, mask=None):
+        if self.max_offset is not None:
+            offset = offset.clamp(-self.max_offset, self.max_offset)
+        if self.observer is not None:
+            self.observer(input, offset, mask)
+        return deform_conv2d(input, offset, weight, bias, self.stride, self.padding, self.dilation, mask=mask)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, deform_groups={self.deform_groups}"
+        bound = "" if self.max_offset is None else f", max_offset={self.max_offset:g}"
+        return f"{super().extra_repr()}, deform_groups={self.deform_groups}{bound}"
 
 
 class DeformConv2d(_DeformConv, nn.Conv2d):
@@ -96,9 +109,12 @@ class DeformConv2d(_DeformConv, nn.Conv2d):
         im2col_step: accepted for mmcv's configs and unused: there is no column matrix.
         padding_mode: only 'zeros'.
         deformable_groups: deprecated name of ``deform_groups``.
+        max_offset: bound of the displacements in y and in x, each, in pixels of the input map; beyond it their gradient
+            is zero. None leaves them as they are.
 
     Raises:
-        ValueError: channels that do not divide, another ``padding_mode`` or string ``padding``.
+        ValueError: channels that do not divide, another ``padding_mode`` or string ``padding``, a ``max_offset`` that
+            is not positive.
     """
 
     def forward(self, x: Tensor, offset: Tensor) -> Tensor:
@@ -115,7 +131,7 @@ class DeformConv2d(_DeformConv, nn.Conv2d):
         Raises:
             RuntimeError: shapes, dtypes or devices that do not fit together.
         """
-        return deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation)
+        return self._deform(x, offset, self.weight, self.bias)
 
 
 class ModulatedDeformConv2d(_DeformConv, nn.Conv2d):
@@ -160,7 +176,7 @@ class ModulatedDeformConv2d(_DeformConv, nn.Conv2d):
             x, offset: as of :class:`DeformConv2d`.
             mask: (N, deform_groups * kh * kw, Ho, Wo), multiplies the samples as it is, without a sigmoid.
         """
-        return deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask=mask)
+        return self._deform(x, offset, self.weight, self.bias, mask)
 
 
 class _PredictsOffsets:
@@ -203,25 +219,37 @@ class DCN(_PredictsOffsets, DeformConv2d, nn.Conv2d):
     _channels_per_tap = 2
 
     def _conv_forward(self, input, weight, bias):
-        offset = self.conv_offset(input)
-        return deform_conv2d(input, offset, weight, bias, self.stride, self.padding, self.dilation)
+        return self._deform(input, self.conv_offset(input), weight, bias)
 
 
 class DCNv2(_PredictsOffsets, ModulatedDeformConv2d, nn.Conv2d):
     """Deformable convolution v2 that predicts its own offsets and mask; stands wherever an ``nn.Conv2d`` does.
 
-    The mask is the sigmoid of ``conv_offset``'s last third, so it starts at 0.5, as in every published model: a new
-    layer computes half of what the plain convolution computes (plus the bias). Arguments and errors are those of
-    :class:`ModulatedDeformConv2d`, the state dict's keys those of :class:`DCN`.
+    The mask is ``mask_scale`` times the sigmoid of ``conv_offset``'s last third. With a scale of 1, as in every
+    published model, it starts at 0.5: a new layer computes half of what the plain convolution computes (plus the bias).
+    With a scale of 2 it starts at 1, exactly, so that a trained convolution may become this layer; :func:`convert`
+    does so. Other arguments and errors are those of :class:`ModulatedDeformConv2d`, the state dict's keys those of
+    :class:`DCN`: the scale is a matter of the config, as the stride is.
     """
 
     _channels_per_tap = 3
+
+    def __init__(self, *args, mask_scale=1.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.mask_scale = float(mask_scale)
 
     def _conv_forward(self, input, weight, bias):
         predicted = self.conv_offset(input)
         taps = predicted.shape[1] // 3
         offset, mask = predicted.split([2 * taps, taps], dim=1)
-        return deform_conv2d(input, offset, weight, bias, self.stride, self.padding, self.dilation, mask=mask.sigmoid())
+        mask = mask.sigmoid()
+        if self.mask_scale != 1:
+            mask = mask * self.mask_scale
+        return self._deform(input, offset, weight, bias, mask)
+
+    def extra_repr(self) -> str:
+        scale = "" if self.mask_scale == 1 else f", mask_scale={self.mask_scale:g}"
+        return super().extra_repr() + scale
 
 
 def _adopt_old_offsets(parent, state_dict, prefix, *_) -> None:

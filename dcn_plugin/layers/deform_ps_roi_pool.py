@@ -6,6 +6,7 @@ from torch.nn.modules.utils import _pair
 
 from dcn_plugin.ops import deform_ps_roi_pool
 
+from .bound import bounded_share, checked_bound
 from .zero_init import ZeroInitConv2d, ZeroInitLinear
 
 
@@ -20,10 +21,24 @@ class DeformPSRoIPool(nn.Module):
         sample_per_part: samples a bin and axis.
         spatial_scale: pixels of the map per pixel of the image, e.g. 1/16.
         trans_std: scale of the offsets.
+        max_offset: bound of the bins' displacements in x and in y, each, as a share of the RoI's width and height
+            (0.5: half the RoI); beyond it the offsets' gradient is zero. None leaves them as they are.
+
+    Raises:
+        ValueError: a ``max_offset`` that is not positive.
     """
 
+    observer = None  # if set, called with (input, rois, offset, None), which the operator is about to get
+
     def __init__(
-        self, output_size, group_size=None, part_size=None, sample_per_part=4, spatial_scale=1.0, trans_std=0.1
+        self,
+        output_size,
+        group_size=None,
+        part_size=None,
+        sample_per_part=4,
+        spatial_scale=1.0,
+        trans_std=0.1,
+        max_offset=None,
     ):
         super().__init__()
         self.output_size = _pair(output_size)
@@ -32,6 +47,7 @@ class DeformPSRoIPool(nn.Module):
         self.sample_per_part = int(sample_per_part)
         self.spatial_scale = float(spatial_scale)
         self.trans_std = float(trans_std)
+        self.max_offset = checked_bound(max_offset)
 
     def forward(self, input: Tensor, rois: Tensor, offset: Tensor | None = None) -> Tensor:
         """Pools every RoI from the score maps.
@@ -48,6 +64,10 @@ class DeformPSRoIPool(nn.Module):
         Raises:
             RuntimeError: shapes, dtypes or devices that do not fit together.
         """
+        if offset is not None:
+            offset = bounded_share(offset, self.trans_std, self.max_offset)
+            if self.observer is not None:
+                self.observer(input, rois, offset, None)
         return deform_ps_roi_pool(
             input,
             rois,
@@ -61,9 +81,11 @@ class DeformPSRoIPool(nn.Module):
         )
 
     def extra_repr(self) -> str:
+        bound = "" if self.max_offset is None else f", max_offset={self.max_offset:g}"
         return (
             f"output_size={self.output_size}, group_size={self.group_size}, part_size={self.part_size}, "
-            f"sample_per_part={self.sample_per_part}, spatial_scale={self.spatial_scale}, trans_std={self.trans_std}"
+            f"sample_per_part={self.sample_per_part}, spatial_scale={self.spatial_scale}, "
+            f"trans_std={self.trans_std}{bound}"
         )
 
 
@@ -75,7 +97,8 @@ class DeformPSRoIPoolPack(DeformPSRoIPool):
     ``offset_fc.{0,2,4}.{weight,bias}``.
 
     Args:
-        output_size, group_size, part_size, sample_per_part, spatial_scale, trans_std: as of :class:`DeformPSRoIPool`.
+        output_size, group_size, part_size, sample_per_part, spatial_scale, trans_std, max_offset: as of
+            :class:`DeformPSRoIPool`.
         output_dim: channels of the output; the map has output_dim * gh * gw.
         num_classes: of offsets, each moving its share of the output channels.
         deform_fc_channels: width of the hidden linear layers.
@@ -92,8 +115,9 @@ class DeformPSRoIPoolPack(DeformPSRoIPool):
         deform_fc_channels=1024,
         spatial_scale=1.0,
         trans_std=0.1,
+        max_offset=None,
     ):
-        super().__init__(output_size, group_size, part_size, sample_per_part, spatial_scale, trans_std)
+        super().__init__(output_size, group_size, part_size, sample_per_part, spatial_scale, trans_std, max_offset)
         self.output_dim = output_dim
         self.num_classes = num_classes
         (out_h, out_w), (part_h, part_w) = self.output_size, self.part_size
@@ -122,7 +146,8 @@ class DeformPSRoIConvPack(DeformPSRoIPool):
     dict: ``{score_maps,offset_fields}.{weight,bias}``.
 
     Args:
-        output_size, group_size, part_size, sample_per_part, spatial_scale, trans_std: as of :class:`DeformPSRoIPool`.
+        output_size, group_size, part_size, sample_per_part, spatial_scale, trans_std, max_offset: as of
+            :class:`DeformPSRoIPool`.
         in_channels: of the features.
         output_dim: channels of the output.
         num_classes: of offsets, each moving its share of the output channels; 0 for no offsets, R-FCN's own pooling.
@@ -139,8 +164,9 @@ class DeformPSRoIConvPack(DeformPSRoIPool):
         sample_per_part=4,
         spatial_scale=1.0,
         trans_std=0.1,
+        max_offset=None,
     ):
-        super().__init__(output_size, group_size, part_size, sample_per_part, spatial_scale, trans_std)
+        super().__init__(output_size, group_size, part_size, sample_per_part, spatial_scale, trans_std, max_offset)
         (group_h, group_w), (part_h, part_w) = self.group_size, self.part_size
         self.score_maps = nn.Conv2d(in_channels, output_dim * group_h * group_w, 1)
         nn.init.normal_(self.score_maps.weight, std=0.01)

@@ -5,6 +5,7 @@ from torch.nn.modules.utils import _pair
 
 from dcn_plugin.ops import deform_roi_align
 
+from .bound import bounded_share, checked_bound
 from .zero_init import ZeroInitLinear
 
 
@@ -17,14 +18,22 @@ class DeformRoIAlign(nn.Module):
         spatial_scale: pixels of the map per pixel of the image, e.g. 1/16.
         sampling_ratio: samples a bin and axis; 0 takes ceil(RoI's size / bins).
         gamma: scale of the offsets.
+        max_offset: bound of the bins' displacements in x and in y, each, as a share of the RoI's width and height
+            (0.5: half the RoI); beyond it the offsets' gradient is zero. None leaves them as they are.
+
+    Raises:
+        ValueError: a ``max_offset`` that is not positive.
     """
 
-    def __init__(self, output_size, spatial_scale=1.0, sampling_ratio=0, gamma=0.1):
+    observer = None  # if set, called with (input, rois, offset, mask), which the operator is about to get
+
+    def __init__(self, output_size, spatial_scale=1.0, sampling_ratio=0, gamma=0.1, max_offset=None):
         super().__init__()
         self.output_size = _pair(output_size)
         self.spatial_scale = float(spatial_scale)
         self.sampling_ratio = int(sampling_ratio)
         self.gamma = float(gamma)
+        self.max_offset = checked_bound(max_offset)
 
     def forward(self, input: Tensor, rois: Tensor, offset: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Pools every RoI from the map.
@@ -42,14 +51,19 @@ class DeformRoIAlign(nn.Module):
         Raises:
             RuntimeError: shapes, dtypes or devices that do not fit together.
         """
+        if offset is not None:
+            offset = bounded_share(offset, self.gamma, self.max_offset)
+            if self.observer is not None:
+                self.observer(input, rois, offset, mask)
         return deform_roi_align(
             input, rois, offset, self.output_size, self.spatial_scale, self.sampling_ratio, self.gamma, mask
         )
 
     def extra_repr(self) -> str:
+        bound = "" if self.max_offset is None else f", max_offset={self.max_offset:g}"
         return (
             f"output_size={self.output_size}, spatial_scale={self.spatial_scale}, "
-            f"sampling_ratio={self.sampling_ratio}, gamma={self.gamma}"
+            f"sampling_ratio={self.sampling_ratio}, gamma={self.gamma}{bound}"
         )
 
 
@@ -61,7 +75,7 @@ class DeformRoIAlignPack(DeformRoIAlign):
     DeformRoIPoolPack.
 
     Args:
-        output_size, spatial_scale, sampling_ratio, gamma: as of :class:`DeformRoIAlign`.
+        output_size, spatial_scale, sampling_ratio, gamma, max_offset: as of :class:`DeformRoIAlign`.
         output_channels: C, the channels of the map and of the output.
         deform_fc_channels: width of the hidden linear layers.
 
@@ -77,8 +91,9 @@ class DeformRoIAlignPack(DeformRoIAlign):
         spatial_scale=1.0,
         sampling_ratio=0,
         gamma=0.1,
+        max_offset=None,
     ):
-        super().__init__(output_size, spatial_scale, sampling_ratio, gamma)
+        super().__init__(output_size, spatial_scale, sampling_ratio, gamma, max_offset)
         self.output_channels = output_channels
         self.deform_fc_channels = deform_fc_channels
         bins = self.output_size[0] * self.output_size[1]
@@ -119,8 +134,11 @@ class ModulatedDeformRoIAlignPack(DeformRoIAlignPack):
         spatial_scale=1.0,
         sampling_ratio=0,
         gamma=0.1,
+        max_offset=None,
     ):
-        super().__init__(output_size, output_channels, deform_fc_channels, spatial_scale, sampling_ratio, gamma)
+        super().__init__(
+            output_size, output_channels, deform_fc_channels, spatial_scale, sampling_ratio, gamma, max_offset
+        )
         bins = self.output_size[0] * self.output_size[1]
         self.mask_fc = nn.Sequential(
             nn.Linear(output_channels * bins, deform_fc_channels),
