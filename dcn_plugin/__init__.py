@@ -7,3 +7,4 @@ registers the layers, so that ``custom_imports = dict(imports=['dcn_plugin'])`` 
 __version__ = "0.1.0"
 
 from . import registration  # noqa: F401
+from .convert import convert  # noqa: F401

@@ -1,6 +1,5 @@
 """`import dcn_plugin` in fresh interpreters: what it registers, whatever of MMEngine, mmcv and mmdet is there."""
 
-import importlib
 import os
 import re
 import subprocess
@@ -160,16 +159,21 @@ for block in MODELS.build(config.model).layer2:
     assert run(code) == []
 
 
+@needs("mmengine")
 def test_registers_once_more_without_harm():
-    MODELS = pytest.importorskip("mmengine.registry").MODELS
-    importlib.reload(dcn_plugin)
-    for name in ("conv_layers", "roi_extractors"):
-        module = sys.modules.get(f"dcn_plugin.registration.{name}")
-        if module is not None:
-            importlib.reload(module)
-    from dcn_plugin.layers import DCN
-
-    assert MODELS.get("DCN") is DCN
+    code = """
+import importlib, dcn_plugin
+importlib.reload(dcn_plugin)
+for name in ("conv_layers", "deformable_key", "roi_extractors"):
+    if f"dcn_plugin.registration.{name}" in sys.modules:
+        importlib.reload(sys.modules[f"dcn_plugin.registration.{name}"])
+from dcn_plugin.layers import DCN
+from mmengine.registry import MODELS
+assert MODELS.get("DCN") is DCN
+key = dict(type="DCN", in_channels=4, out_channels=4, kernel_size=1, deformable=None)
+assert_ours(MODELS.build(key))
+"""
+    assert run(code) == []
 
 
 def test_version_is_that_of_the_project():

@@ -1,0 +1,21 @@
+"""``python -m dcn_plugin``: the commands of this package."""
+
+import argparse
+import sys
+
+from .commands import inspect
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m dcn_plugin", description="Deformable convolution for MMDetection.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    inspect.add_parser(commands)
+    args = parser.parse_args(arguments)
+    try:
+        args.run(args)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

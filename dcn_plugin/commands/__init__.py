@@ -1,0 +1,1 @@
+"""The commands of ``python -m dcn_plugin``, a file each."""

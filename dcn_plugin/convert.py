@@ -1,0 +1,168 @@
+"""Makes convolutions of an existing model deformable, chosen by name and by what they are; needs torch alone."""
+
+import logging
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .layers import DCN, DCNv2
+from .targets import PADS_ITSELF, Candidate, Options, candidates_of, choose, class_of, listed, name_of
+
+KINDS = {"DCN": DCN, "DCNv2": DCNv2}
+
+logger = logging.getLogger("dcn_plugin")
+
+
+def convert(
+    module: nn.Module,
+    type: str | type = "DCNv2",
+    targets: str | Iterable[str] = "*",
+    *,
+    kernel_size: int | tuple[int, int] | None = None,
+    stride: int | tuple[int, int] | None = None,
+    depthwise: bool | None = None,
+    min_channels: int = 0,
+    last: int | None = None,
+    **conv_kwargs,
+) -> nn.Module:
+    """Makes convolutions of a module deformable, in place.
+
+    What the module computes stays the same until training moves the offsets; ``type='DCNv2'`` gets ``mask_scale=2``
+    for that, so that its masks start at 1. Each chosen convolution changes its class and gains ``conv_offset``. It
+    stays the same object: whoever shares it goes on sharing it, and its parameters, their ``requires_grad`` (which
+    ``conv_offset`` takes over), dtype, device and memory format, its mode and its hooks stay as they are. A state dict
+    from before the conversion loads; one line of the log 'dcn_plugin' then says which layers keep their offsets.
+
+    A target is a glob on the names of submodules. It chooses, among the convolutions it matches and those inside the
+    containers it matches, the 2D ones whose kernel is larger than 1x1, without the stem: what reads the image, that is
+    has 3 input channels, or lies in a submodule named 'stem'. A target that is a convolution's full name chooses it
+    even so. The options choose further.
+
+    Args:
+        module: the model or a part of it.
+        type: 'DCN', 'DCNv2' or a subclass of these.
+        targets: a pattern or several, such as 'layer3', 'layer4.*.conv2' or '*'.
+        kernel_size: only convolutions of this kernel, as int or (h, w).
+        stride: only convolutions of this stride, as int or (vertical, horizontal).
+        depthwise: only depthwise convolutions, or only others; None takes both.
+        min_channels: only convolutions of at least as many input and output channels.
+        last: only the last so many, in the order of registration.
+        conv_kwargs: further arguments of the deformable convolution: ``deform_groups``, ``mask_scale``.
+
+    Returns:
+        The module.
+
+    Raises:
+        ValueError: an unknown type; a target that matches nothing, names no convolution, names one that cannot be
+            deformable (transposed, of another ``padding_mode``, of a class that computes something else) or of which
+            the options leave nothing. The module is then as before.
+    """
+    kind = _kind(type)
+    if issubclass(kind, DCNv2):
+        conv_kwargs.setdefault("mask_scale", 2.0)
+    candidates = list(candidates_of(module))
+    options = Options(kernel_size, stride, depthwise, min_channels)
+    chosen = choose(module, candidates, [targets] if isinstance(targets, str) else list(targets), options)
+    if last is not None:
+        if not 1 <= last <= len(chosen):
+            raise ValueError(f"last={last}, but {len(chosen)} convolutions of {name_of(module)} qualify")
+        chosen = chosen[-last:]
+    templates = [_template(kind, candidate, conv_kwargs) for candidate in chosen]  # all raise before anything changes
+    for candidate, template in zip(chosen, templates, strict=True):
+        _become(candidate.conv, template, candidate.pattern)
+    _prepare_loading(module, chosen)
+    unable = [c for c in candidates if c.pattern and c not in chosen and c.obstacle]
+    logger.info(
+        f"{name_of(module)}: {kind.__name__} in place of {len(chosen)} nn.Conv2d: {listed(c.names[0] for c in chosen)}"
+        + (f"; could not: {listed(f'{c.names[0]} ({c.obstacle})' for c in unable)}" if unable else "")
+    )
+    return module
+
+
+def _kind(given: str | type) -> type:
+    kind = KINDS.get(given) if isinstance(given, str) else given
+    if not (isinstance(kind, type) and issubclass(kind, tuple(KINDS.values()))):
+        raise ValueError(f"type of a deformable convolution must be {' or '.join(KINDS)}, or a subclass; got {given!r}")
+    return kind
+
+
+def _template(kind: type, candidate: Candidate, conv_kwargs: dict) -> nn.Module:
+    """A deformable convolution of the same geometry; on no device, so that it costs nothing and draws nothing."""
+    conv = candidate.conv
+    try:
+        return kind(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+            bias=conv.bias is not None,
+            device="meta",
+            dtype=conv.weight.dtype,
+            **conv_kwargs,
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{candidate.names[0]} ({conv}) cannot become a {kind.__name__}: {error}") from error
+
+
+def _become(conv: nn.Module, template: nn.Module, pattern: str) -> None:
+    weight = conv.weight
+    pads_itself = class_of(conv) in PADS_ITSELF
+    conv.__class__ = type(template)
+    conv.padding = template.padding
+    conv.__dict__.update({name: value for name, value in vars(template).items() if name not in vars(conv)})
+    conv.chosen_by = pattern
+
+    offset = template.conv_offset.to_empty(device=weight.device)
+    offset.reset_parameters()
+    if not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last):
+        offset.to(memory_format=torch.channels_last)
+    conv.conv_offset = offset.requires_grad_(weight.requires_grad).train(conv.training)
+    if pads_itself:
+        conv.register_forward_pre_hook(_pad_to_stride)
+
+
+def _pad_to_stride(conv: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    """Pads so that the output has ceil(size / stride) positions, the odd zero at the end: TensorFlow's 'SAME'."""
+    x, pads = inputs[0], []
+    for size, kernel, stride, dilation in zip(
+        x.shape[:-3:-1], conv.kernel_size[::-1], conv.stride[::-1], conv.dilation[::-1], strict=True
+    ):
+        total = max((math.ceil(size / stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+        pads += [total // 2, total - total // 2]
+    return (F.pad(x, pads) if any(pads) else x,)
+
+
+def _prepare_loading(module: nn.Module, converted: list[Candidate]) -> None:
+    containers = {""}
+    for candidate in converted:
+        for name in candidate.names:
+            parent, _, leaf = name.rpartition(".")
+            if leaf:
+                # Registered once more, for what watches registrations: it renames the offsets of old checkpoints.
+                module.get_submodule(parent).add_module(leaf, candidate.conv)
+            parts = parent.split(".")
+            containers.update(".".join(parts[:end]) for end in range(1, len(parts) + 1))
+    # Any of them may be the one that is loaded. The outermost completes the state dict for those inside it.
+    for name in containers:
+        module.get_submodule(name).register_load_state_dict_pre_hook(_keep_offsets)
+
+
+def _keep_offsets(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:
+    """Completes a state dict from before the conversion by the offsets that the converted layers have."""
+    kept = []
+    for name, layer in module.named_modules(remove_duplicate=False):
+        path = f"{prefix}{name}." if name else prefix
+        if not hasattr(layer, "chosen_by") or f"{path}weight" not in state_dict:
+            continue
+        own = {f"{path}conv_offset.{key}": value for key, value in layer.conv_offset.named_parameters()}
+        if not own.keys() & state_dict.keys():
+            state_dict.update(own)
+            kept.append(f"{path}conv_offset")
+    if kept:
+        logger.warning(f"the checkpoint lacks the offsets of {len(kept)} layers, which keep their own: {listed(kept)}")

@@ -1,0 +1,110 @@
+"""``python -m dcn_plugin inspect``: what the table says of a config."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("mmengine")
+
+from dcn_plugin import convert
+from dcn_plugin.__main__ import main
+from dcn_plugin.commands.inspect import describe
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+        self.body = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8))
+        self.unused = nn.Conv2d(8, 8, 3)
+
+    def forward(self, x):
+        return self.body(self.stem(x))
+
+
+def rows(table):
+    return {line.split()[0]: line for line in table.split("\n\n")[0].splitlines()[1:]}
+
+
+def test_counts_parameters_and_flops():
+    model = convert(Net(), "DCNv2", "body")
+    table = describe(model, (16, 32))
+    lines = rows(table)
+    assert "body.0" not in lines  # 1x1
+    maps = 8 * 16  # positions of the stem's output
+    assert lines["stem"].split()[1:] == ["3->4", "3x3", "stride", "2", f"{maps * 4 * 3 * 9 / 1e9:.2f}", "G"]
+    row = lines["body.1"].split()
+    offsets = 27 * 8 * 9 + 27
+    assert row[1:6] == ["8->8", "3x3", "depthwise", "DCNv2", "body"] and row[6] == f"{offsets:,}"
+    assert lines["unused"].endswith("-") and "-: not counted" in table
+    assert "3 spatial convolutions, 1 of them deformable" in table
+    extra = maps * (27 * 8 * 9 + 4 * 8 * 9)
+    plain = maps * (4 * 3 * 9 + 8 * 4 + 8 * 9)
+    assert f"{plain / 1e9:.2f} G plain, {(plain + extra) / 1e9:.2f} G as configured" in table
+    parameters = sum(p.numel() for p in Net().parameters())
+    assert f"{parameters / 1e6:.2f} M plain, {(parameters + offsets) / 1e6:.2f} M as configured" in table
+
+
+def test_flops_are_multiply_adds_at_a_size_that_shows():
+    net = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.ConvTranspose2d(64, 32, 2, stride=2))
+    lines = rows(describe(net, (1000, 1000)))
+    assert lines["0"].endswith(f"{64 * 3 * 9 / 1e3:.2f} G")
+    assert lines["1"].endswith(f"{64 * 32 * 4 / 1e3:.2f} G") and "transposed" in lines["1"]
+
+
+def test_shared_convolutions_are_counted_at_each_use():
+    conv = nn.Conv2d(8, 8, 3, padding=1)
+    table = describe(convert(nn.Sequential(nn.Conv2d(3, 8, 1), conv, conv), "DCN", "1"), (400, 500))
+    assert "1 and 1 more" in table
+    assert f"{2 * 8 * 8 * 9 * 0.2e6 / 1e9:.2f} G" in rows(table)["1"]
+
+
+@pytest.fixture
+def config(tmp_path):
+    pytest.importorskip("mmdet")
+    path = tmp_path / "config.py"
+    path.write_text(
+        "model = dict(type='mmdet.ResNet', depth=18, base_channels=8, stem_channels=8,"
+        " init_cfg=dict(type='Pretrained', checkpoint='torchvision://resnet18'))\n"
+    )
+    return str(path)
+
+
+def test_the_command_in_a_fresh_process(config):
+    options = ["model.deformable.type=DCN", "model.deformable.targets=['layer3','layer4.1']", "model.deformable.last=3"]
+    command = [sys.executable, "-m", "dcn_plugin", "inspect", config, "--shape", "64", "64", "--cfg-options", *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    chosen = [line.split()[0] for line in done.stdout.splitlines() if re.search(r"DCN +layer", line)]
+    assert chosen == ["layer3.1.conv2", "layer4.1.conv1", "layer4.1.conv2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{}", "--cfg-options", "model.deformable.targets=stage3"], "nothing in ResNet; nearest: layer3"),
+        (["nowhere.py"], "nowhere.py"),
+        (["nopackage::x.py"], "no package 'nopackage'"),
+    ],
+)
+def test_errors_are_one_line(config, arguments, message):
+    with pytest.raises(SystemExit, match=message) as error:
+        main(["inspect", *(argument.format(config) for argument in arguments)])
+    assert str(error.value).startswith("error: ") and "\n" not in str(error.value)
+
+
+def test_help_names_the_commands(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "inspect" in capsys.readouterr().out
+
+
+def test_leaves_no_hooks_behind():
+    net = Net()
+    describe(net, (8, 8))
+    assert not any(module._forward_hooks for module in net.modules())
+    assert next(net.parameters()).device == torch.device("meta")
