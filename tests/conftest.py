@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 
@@ -12,3 +14,13 @@ def device(request):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_default_scope():
+    """What a test makes MMEngine's default scope ends with it."""
+    yield
+    if "mmengine" in sys.modules:
+        from mmengine.registry import DefaultScope
+
+        DefaultScope._instance_dict.clear()

@@ -27,7 +27,7 @@ class DeformRoIAlign(nn.Module):
 
     observer = None  # if set, called with (input, rois, offset, mask), which the operator is about to get
 
-    def __init__(self, output_size, spatial_scale=1.0, sampling_ratio=0, gamma=0.1, max_offset=None):
+    def __init__(self, output_size, spatial_scale=1.0, sampling_ratio=0, gamma=0.1, *, max_offset=None):
         super().__init__()
         self.output_size = _pair(output_size)
         self.spatial_scale = float(spatial_scale)
@@ -91,9 +91,10 @@ class DeformRoIAlignPack(DeformRoIAlign):
         spatial_scale=1.0,
         sampling_ratio=0,
         gamma=0.1,
+        *,
         max_offset=None,
     ):
-        super().__init__(output_size, spatial_scale, sampling_ratio, gamma, max_offset)
+        super().__init__(output_size, spatial_scale, sampling_ratio, gamma, max_offset=max_offset)
         self.output_channels = output_channels
         self.deform_fc_channels = deform_fc_channels
         bins = self.output_size[0] * self.output_size[1]
@@ -134,10 +135,17 @@ class ModulatedDeformRoIAlignPack(DeformRoIAlignPack):
         spatial_scale=1.0,
         sampling_ratio=0,
         gamma=0.1,
+        *,
         max_offset=None,
     ):
         super().__init__(
-            output_size, output_channels, deform_fc_channels, spatial_scale, sampling_ratio, gamma, max_offset
+            output_size,
+            output_channels,
+            deform_fc_channels,
+            spatial_scale,
+            sampling_ratio,
+            gamma,
+            max_offset=max_offset,
         )
         bins = self.output_size[0] * self.output_size[1]
         self.mask_fc = nn.Sequential(

@@ -9,7 +9,7 @@ from torch import nn
 pytest.importorskip("mmdet")
 
 from mmdet.registry import MODELS
-from mmengine.registry import DefaultScope, init_default_scope
+from mmengine.registry import init_default_scope
 
 from dcn_plugin.layers import DCN, DCNv2
 
@@ -21,8 +21,6 @@ WITHOUT_SPATIAL_CONVOLUTION = {"DyHead"}  # all of DyHead's are deformable alrea
 @pytest.fixture(autouse=True)
 def mmdet_scope():
     init_default_scope("mmdet")
-    yield
-    DefaultScope._instance_dict.clear()
 
 
 def tensors(output):

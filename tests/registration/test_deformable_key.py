@@ -11,7 +11,7 @@ pytest.importorskip("mmengine")
 
 from mmengine.config import Config, ConfigDict
 from mmengine.model import BaseModel, BaseModule, Sequential
-from mmengine.registry import DATASETS, MODELS, RUNNERS, DefaultScope, Registry
+from mmengine.registry import DATASETS, MODELS, RUNNERS, Registry
 from mmengine.runner import Runner
 
 from dcn_plugin.layers import DCN, DCNv2
@@ -154,8 +154,7 @@ def run(tmp_path):
         built.train()
         return built, log.messages
 
-    yield run
-    DefaultScope._instance_dict.clear()
+    return run
 
 
 def test_a_plain_checkpoint_loads_with_one_line(run, tmp_path):

@@ -11,7 +11,7 @@ from mmdet.structures import DetDataSample
 from mmdet.structures.mask import BitmapMasks
 from mmengine.config import ConfigDict
 from mmengine.hub import get_config
-from mmengine.registry import DefaultScope, init_default_scope
+from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData, PixelData
 
 from dcn_plugin.layers import DeformRoIAlignPack, ModulatedDeformRoIAlignPack
@@ -30,8 +30,6 @@ HEADS = {  # config: (its RoI extractors, the keys of its losses)
 @pytest.fixture(autouse=True)
 def mmdet_scope():
     init_default_scope("mmdet")
-    yield
-    DefaultScope._instance_dict.clear()
 
 
 def small(node, extractor, pack):
