@@ -12,7 +12,7 @@ from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import DefaultScope, init_default_scope
+from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 
 from dcn_plugin.layers import DCN, DeformPSRoIConvPack
@@ -26,8 +26,7 @@ CONFIG = PROJECT / "configs/deformable-rfcn_r50-dcn-c4_digits.py"
 def config(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))  # as PYTHONPATH=. of the README's commands
     init_default_scope("mmdet")
-    yield Config.fromfile(CONFIG)
-    DefaultScope._instance_dict.clear()
+    return Config.fromfile(CONFIG)
 
 
 def batch():

@@ -10,7 +10,7 @@ pytest.importorskip("mmdet")
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
-from mmengine.registry import DefaultScope, init_default_scope
+from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 
 from dcn_plugin.layers import DCN, DCNv2, DeformRoIAlignPack
@@ -31,8 +31,6 @@ SMALL = dict(
 @pytest.fixture(autouse=True)
 def mmdet_scope():
     init_default_scope("mmdet")
-    yield
-    DefaultScope._instance_dict.clear()
 
 
 def load(name):
