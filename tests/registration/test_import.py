@@ -91,6 +91,33 @@ for kind in ("DCN", "DCNv2"):
     assert run(code, missing=("mmcv._ext", "mmdet")) == []
 
 
+@needs("mmcv")
+def test_mmcv_lite_has_nothing_to_replace():
+    code = """
+try:
+    import dcn_plugin.replace_mmcv_ops
+except ImportError as error:
+    assert "found no operators of mmcv's to replace (No module named 'mmcv._ext')" in str(error), error
+    assert "import 'dcn_plugin' instead" in str(error)
+else:
+    raise SystemExit("imported")
+"""
+    assert run(code, missing=("mmcv._ext", "mmdet")) == []
+
+
+@needs("mmdet")
+def test_mmcvs_operators_stay_until_asked():
+    code = """
+import dcn_plugin, mmcv.ops
+from mmdet.models.dense_heads import tood_head
+theirs = mmcv.ops.deform_conv2d
+assert theirs.__module__.startswith("torch") and tood_head.deform_conv2d is theirs
+import dcn_plugin.replace_mmcv_ops as ours
+assert tood_head.deform_conv2d is mmcv.ops.deform_conv2d is ours.deform_conv2d
+"""
+    assert run(code) == []
+
+
 @needs("mmengine")
 def test_without_mmcv():
     code = """

@@ -1,0 +1,177 @@
+"""Runs mmcv's deformable operators on ours. Opt-in: importing this module does it, for the whole process::
+
+    custom_imports = dict(imports=['dcn_plugin.replace_mmcv_ops'])
+
+That reaches what uses mmcv's operators without asking a registry: the heads of RepPoints, VFNet, TOOD, FoveaBox, Guided
+Anchoring, Cascade RPN, CentripetalNet and GLIP, DyHead, the switchable convolution of DetectoRS, and
+``roi_layer=dict(type='DeformRoIPoolPack')``. Their classes, parameters and checkpoints stay mmcv's. Three functions
+change, in every module that has imported them:
+
+- ``mmcv.ops.deform_conv.deform_conv2d``
+- ``mmcv.ops.modulated_deform_conv.modulated_deform_conv2d``
+- ``mmcv.ops.deform_roi_pool.deform_roi_pool``
+
+They compute what mmcv's compute and, unlike these, take keyword arguments, any batch size, empty batches, and RoIs on
+the CPU.
+"""
+
+import contextlib
+import logging
+import sys
+from types import FunctionType, MethodType
+
+import torch
+from mmengine.logging import print_log
+from torch import Tensor
+
+from dcn_plugin import ops
+
+try:
+    from mmcv.ops.deform_conv import DeformConv2dFunction
+    from mmcv.ops.deform_roi_pool import DeformRoIPoolFunction
+    from mmcv.ops.modulated_deform_conv import ModulatedDeformConv2dFunction
+except ImportError as error:
+    raise ImportError(
+        f"dcn_plugin.replace_mmcv_ops found no operators of mmcv's to replace ({error}). They come with the full mmcv; "
+        "mmcv-lite has none, nor can what imports them run there. The types 'DCN' and 'DCNv2' need neither: for these, "
+        "import 'dcn_plugin' instead."
+    ) from error
+
+
+def replace() -> list[str]:
+    """Puts our functions in the place of mmcv's.
+
+    Returns:
+        The names that changed, as 'module.function'; none, where they are ours already.
+    """
+    replaced = _rebind({theirs: ours for ours, theirs in _theirs().items()})
+    if replaced:
+        print_log(f"dcn_plugin runs {', '.join(replaced)}", logger="current", level=logging.INFO)
+    return replaced
+
+
+def restore() -> list[str]:
+    """Puts mmcv's functions back. Returns the names that changed."""
+    return _rebind(_theirs())
+
+
+def deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    deform_groups: int = 1,
+    bias: bool = False,
+    im2col_step: int = 32,
+) -> Tensor:
+    """mmcv's v1 signature of :func:`dcn_plugin.ops.deform_conv2d`.
+
+    ``bias`` must be False, as in mmcv's; ``im2col_step`` is accepted and unused. All is computed in offset's dtype.
+    """
+    if bias is not False:
+        raise ValueError(f"mmcv's deform_conv2d has no bias: bias must be False, got {bias!r}")
+    return _convolve(input, offset, weight, None, stride, padding, dilation, None, groups, deform_groups)
+
+
+def modulated_deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    deform_groups: int = 1,
+) -> Tensor:
+    """mmcv's v2 signature of :func:`dcn_plugin.ops.deform_conv2d`. All is computed in offset's dtype."""
+    sizes = [_output_size(input, weight, stride, padding, dilation, axis) for axis in range(2)]
+    offset, mask = _first_elements(offset, sizes), _first_elements(mask, sizes)
+    return _convolve(input, offset, weight, bias, stride, padding, dilation, mask, groups, deform_groups)
+
+
+def deform_roi_pool(
+    input: Tensor,
+    rois: Tensor,
+    offset: Tensor | None,
+    output_size: int | tuple[int, int],
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = 0,
+    gamma: float = 0.1,
+) -> Tensor:
+    """mmcv's signature of :func:`dcn_plugin.ops.deform_roi_align`. All is computed in input's dtype.
+
+    As in mmcv's, an offset without elements counts as none.
+    """
+    offset = offset.type_as(input) if offset is not None and offset.numel() else None
+    with _no_autocast(input):
+        return ops.deform_roi_align(input, rois, offset, output_size, spatial_scale, int(sampling_ratio), gamma)
+
+
+def _theirs() -> dict:
+    # mmcv names `apply` of its autograd functions. Each access makes another such method, but all are equal.
+    return {
+        deform_conv2d: DeformConv2dFunction.apply,
+        modulated_deform_conv2d: ModulatedDeformConv2dFunction.apply,
+        deform_roi_pool: DeformRoIPoolFunction.apply,
+    }
+
+
+def _rebind(new_of_old: dict) -> list[str]:
+    """Changes whatever global name of a module, other than this one, stands for an old function."""
+    rebound = []
+    for name, module in list(sys.modules.items()):
+        if name == __name__:
+            continue
+        for key, value in list(getattr(module, "__dict__", {}).items()):
+            if type(value) in (FunctionType, MethodType) and value in new_of_old:
+                setattr(module, key, new_of_old[value])
+                rebound.append(f"{name}.{key}")
+    return rebound
+
+
+def _convolve(input, offset, weight, bias, stride, padding, dilation, mask, groups, deform_groups):
+    # The operator takes both kinds of groups from the shapes. mmcv is told them, and what is told should fit.
+    taps = weight.shape[2:].numel()
+    if input.shape[1] != weight.shape[1] * groups or offset.shape[1] != 2 * deform_groups * taps:
+        raise ValueError(
+            f"groups={groups} and deform_groups={deform_groups} do not fit input {tuple(input.shape)}, weight "
+            f"{tuple(weight.shape)} and offset {tuple(offset.shape)}"
+        )
+    # Under autocast it is the offset, a convolution's output, that tells mmcv the dtype.
+    input, weight, bias, mask = [None if one is None else one.type_as(offset) for one in (input, weight, bias, mask)]
+    with _no_autocast(input):
+        return ops.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
+
+
+def _output_size(input, weight, stride, padding, dilation, axis):
+    stride, padding, dilation = [one if isinstance(one, int) else one[axis] for one in (stride, padding, dilation)]
+    span = dilation * (weight.shape[2 + axis] - 1) + 1
+    return (input.shape[2 + axis] + 2 * padding - span) // stride + 1
+
+
+def _first_elements(map: Tensor, sizes: list[int]) -> Tensor:
+    """A sample's map (C, H, W) taken for one of other sizes.
+
+    DyHead, and GLIP's head after it, give the offsets of one pyramid level to the next, of half its size. mmcv's kernel
+    looks at the numbers alone and takes as many as it needs, from the first, whatever places and channels they were
+    meant for. Trained models rely on that.
+    """
+    needed = map.shape[1] * sizes[0] * sizes[1]
+    if list(map.shape[2:]) == sizes or not 0 < needed <= map.shape[1:].numel():
+        return map  # as it should be, or refused by the operator, which names the shapes
+    return map.flatten(1)[:, :needed].unflatten(1, (map.shape[1], *sizes))
+
+
+def _no_autocast(tensor: Tensor):
+    device = tensor.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
+replace()
