@@ -8,3 +8,4 @@ model = dict(
         stage_with_dcn=(False, True, True, True),
     )
 )
+# Offsets train at the rate of all else: beta = 1 in the paper, https://arxiv.org/abs/1703.06211, section 2.

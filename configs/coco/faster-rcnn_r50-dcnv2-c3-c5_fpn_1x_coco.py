@@ -8,3 +8,6 @@ model = dict(
         stage_with_dcn=(False, True, True, True),
     )
 )
+
+# Offsets and masks train at a tenth of the rate: https://arxiv.org/abs/1811.11168, "Modulated Deformable Modules".
+optim_wrapper = dict(paramwise_cfg=dict(dcn_offset_lr_mult=0.1))

@@ -29,4 +29,6 @@ def _register(module: str, what: str, needs: tuple[str, ...]) -> None:
 _register("conv_layers", "its convolutions 'DCN' and 'DCNv2'", needs=("mmengine",))
 _register("deformable_key", "the key 'deformable' of models", needs=("mmengine",))
 _register("roi_extractors", "'DeformRoIExtractor'", needs=("mmengine", "mmdet"))
+_register("offset_learning_rate", "'dcn_offset_lr_mult' of its layers", needs=("mmengine",))
+_register("fallback_on_stride", "'fallback_on_stride' of ResNets", needs=("mmengine", "mmcv", "mmdet"))
 _register("checkpoint_globals", "the contents of MMEngine's checkpoints with torch.load", needs=("numpy", "mmengine"))
