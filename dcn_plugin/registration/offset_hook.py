@@ -1,0 +1,188 @@
+"""'DeformOffsetHook' in MMEngine's HOOKS: how far the offsets of a model in training reach."""
+
+import sys
+from contextlib import ExitStack
+from fnmatch import fnmatchcase
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from torch import Tensor, nn
+
+from dcn_plugin.layers import DeformConv2d, DeformPSRoIPool, DeformRoIAlign, ModulatedDeformConv2d
+
+
+def _convolution_samples(layer: nn.Module, input: Tensor, offset: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Displacements (dy, dx) of a convolution's samples, in pixels of its input, and which samples count."""
+    height, width = input.shape[-2:]
+    kernel_h, kernel_w = layer.kernel_size
+    out_h, out_w = offset.shape[-2:]
+    dy, dx = offset.float().reshape(len(offset), -1, kernel_h, kernel_w, 2, out_h, out_w).unbind(4)
+
+    def grid(axis, taps, positions):
+        taps, positions = (torch.arange(n, device=offset.device) for n in (taps, positions))
+        return taps[:, None] * layer.dilation[axis] + positions * layer.stride[axis] - layer.padding[axis]
+
+    y = grid(0, kernel_h, out_h)[:, None, :, None] + dy
+    x = grid(1, kernel_w, out_w)[:, None, :] + dx
+    return dy, dx, (y > -1) & (y < height) & (x > -1) & (x < width)
+
+
+def _displaced_bins(low: Tensor, size: Tensor, share: Tensor) -> tuple[Tensor, ...]:
+    """Displacements (dy, dx) and centres (y, x) of the bins, each (K, classes, h, w).
+
+    RoIs have their low edges and sizes (K, 2) in pixels of the map, x first; the bins' displacements (K, 2 * classes,
+    h, w) are shares of the sizes.
+    """
+    dx, dy = (share.unflatten(1, (-1, 2)) * size[:, None, :, None, None]).unbind(2)
+    in_y, in_x = ((torch.arange(bins, device=share.device) + 0.5) / bins for bins in share.shape[-2:])
+    x = (low[:, :1] + in_x * size[:, :1])[:, None, None, :] + dx
+    y = (low[:, 1:] + in_y * size[:, 1:])[:, None, :, None] + dy
+    return dy, dx, y, x
+
+
+def _roi_align_bins(layer: DeformRoIAlign, input: Tensor, rois: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
+    """Displacements (dy, dx) of the bins, in pixels of the map, and which bins have their centre where it counts."""
+    height, width = input.shape[-2:]
+    low, high = (rois[:, 1:].float() * layer.spatial_scale - 0.5).split(2, dim=1)
+    dy, dx, y, x = _displaced_bins(low, high - low, layer.gamma * offset.float())
+    return dy, dx, (y >= -1) & (y <= height) & (x >= -1) & (x <= width)
+
+
+def _ps_roi_pool_parts(layer: DeformPSRoIPool, input: Tensor, rois: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
+    """As :func:`_roi_align_bins`, for the parts that each class displaces."""
+    height, width = input.shape[-2:]
+    low, high = (rois[:, 1:].float() + 0.5).floor().split(2, dim=1)
+    low, high = low * layer.spatial_scale - 0.5, (high + 1) * layer.spatial_scale - 0.5
+    dy, dx, y, x = _displaced_bins(low, (high - low).clamp_min(0.1), layer.trans_std * offset.float())
+    return dy, dx, (y >= -0.5) & (y <= height - 0.5) & (x >= -0.5) & (x <= width - 0.5)
+
+
+SAMPLES = {
+    DeformConv2d: _convolution_samples,
+    ModulatedDeformConv2d: _convolution_samples,
+    DeformRoIAlign: _roi_align_bins,
+    DeformPSRoIPool: _ps_roi_pool_parts,
+}
+
+
+class _Watch:
+    """A layer's observer: sums over the layer's calls, kept on its device so that nothing waits for them."""
+
+    def __init__(self, layer: nn.Module):
+        self.layer = layer
+        self.samples_of = next(function for kind, function in SAMPLES.items() if isinstance(layer, kind))
+        self.samples = self.masks = 0
+        self.sums = self.largest = 0
+
+    @torch.no_grad()
+    def __call__(self, *arguments) -> None:
+        *maps, offset, mask = arguments
+        dy, dx, counts = self.samples_of(self.layer, *maps, offset)
+        if not counts.numel():
+            return
+        reach = torch.hypot(dy, dx)
+        finite = reach.isfinite()
+        reach = reach.where(finite, 0)
+        masks = reach.new_zeros(1) if mask is None else mask
+        self.sums += torch.stack([one.sum(dtype=torch.float64) for one in (reach, finite, ~counts, masks)])
+        self.largest = reach.max().double().clamp_min(self.largest)
+        self.samples += counts.numel()
+        self.masks += 0 if mask is None else mask.numel()
+
+    def collected(self) -> Tensor:
+        return torch.cat([self.sums, self.largest[None]])
+
+
+@HOOKS.register_module(force=True)
+class DeformOffsetHook(Hook):
+    """Logs how far the offsets of each deformable layer reach, and warns when they run away.
+
+    Every ``interval`` iterations the message hub, and so every visualizer backend, gets for each layer that ran:
+
+    - ``train/offset_mean/<layer>``, ``train/offset_max/<layer>``: mean and largest length of the displacements, in
+      pixels of the layer's input map. Of RoI layers, the displacements of the bins.
+    - ``train/offset_outside/<layer>``: share of the samples that fall outside the map and so count as 0, padding
+      included: a 3x3 kernel with zero offsets has some at the borders. Of RoI layers, of the bins by their centres.
+    - ``train/mask_mean/<layer>``: mean of the mask, where there is one.
+
+    They are taken over all calls of a layer in the iteration, on the process's own images, from what the operator gets:
+    within ``max_offset`` where the layer has one. Offsets that are not finite count as outside and in no mean. Other
+    iterations cost nothing. Compiled models run uncompiled in the iterations that are looked at.
+
+    Args:
+        interval: iterations; that of MMEngine's LoggerHook, or a divisor of it, makes each log line current.
+        threshold: in pixels of the layer's input map; a larger mean gives a warning, once a layer and run, as do
+            offsets that are not finite.
+        layers: glob or several on the names of the layers to look at, such as 'backbone.layer4.*'.
+
+    Raises:
+        ValueError: an interval that is not positive; when training starts, a glob that matches no deformable layer.
+    """
+
+    def __init__(self, interval: int = 50, threshold: float = 32.0, layers: str | list[str] = "*"):
+        if interval < 1:
+            raise ValueError(f"interval must be at least 1, got {interval}")
+        self.interval = interval
+        self.threshold = threshold
+        self.patterns = [layers] if isinstance(layers, str) else list(layers)
+        self._layers: dict[str, nn.Module] = {}
+        self._watches: dict[str, _Watch] = {}
+        self._warned: set[tuple[str, str]] = set()
+        self._eager = ExitStack()
+
+    def before_train(self, runner) -> None:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        every = {name: layer for name, layer in model.named_modules() if isinstance(layer, tuple(SAMPLES))}
+        self._layers = {n: layer for n, layer in every.items() if any(fnmatchcase(n, p) for p in self.patterns)}
+        self._warned.clear()
+        for pattern in self.patterns:
+            if every and not any(fnmatchcase(name, pattern) for name in every):
+                raise ValueError(f"DeformOffsetHook: {pattern!r} matches none of the deformable layers: {list(every)}")
+        if not every:
+            runner.logger.warning("DeformOffsetHook: the model has no deformable layers")
+
+    def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
+        self._stop_watching()
+        if not self._layers or not self.every_n_train_iters(runner, self.interval):
+            return
+        for name, layer in self._layers.items():
+            self._watches[name] = layer.observer = _Watch(layer)
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled
+            self._eager.enter_context(torch.compiler.set_stance("force_eager"))
+
+    def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        watches = {name: watch for name, watch in self._watches.items() if watch.samples}
+        self._stop_watching()
+        if not watches:
+            return
+        collected = [watch.collected() for watch in watches.values()]
+        rows = torch.stack([one.to(collected[0].device) for one in collected]).tolist()  # waits once for the device
+        for (name, watch), (reach, finite, outside, mask, largest) in zip(watches.items(), rows, strict=True):
+            mean = reach / finite if finite else float("nan")
+            scalars = dict(offset_mean=mean, offset_max=largest, offset_outside=outside / watch.samples)
+            if watch.masks:
+                scalars["mask_mean"] = mask / watch.masks
+            for kind, value in scalars.items():
+                runner.message_hub.update_scalar(f"train/{kind}/{name}", value)
+            if finite < watch.samples:
+                lost = watch.samples - int(finite)
+                self._warn(runner, name, "not finite", f"{lost} of {watch.samples} displacements are not finite")
+            elif mean > self.threshold:
+                text = f"displaced by {mean:.1f} pixels on average, {largest:.1f} at most; the threshold is"
+                self._warn(runner, name, "too far", f"the samples run away, {text} {self.threshold:g}")
+
+    def after_train(self, runner) -> None:
+        self._stop_watching()
+
+    def _stop_watching(self) -> None:
+        for watch in self._watches.values():
+            vars(watch.layer).pop("observer", None)
+        self._watches = {}
+        self._eager.close()
+
+    def _warn(self, runner, name: str, kind: str, text: str) -> None:
+        if (name, kind) not in self._warned:
+            self._warned.add((name, kind))
+            runner.logger.warning(f"DeformOffsetHook, iteration {runner.iter + 1}, {name}: {text}")
