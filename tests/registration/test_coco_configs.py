@@ -1,5 +1,6 @@
 """The COCO configs load, build, take a training step and predict."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ from mmengine.structures import InstanceData
 from dcn_plugin.layers import DCN, DCNv2, DeformRoIAlignPack
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "coco"
-SMALL = dict(
-    backbone=dict(base_channels=4, stem_channels=4, init_cfg=None),
+RESNET = dict(base_channels=4, stem_channels=4, init_cfg=None)
+FASTER_RCNN = dict(
+    backbone=RESNET,
     neck=dict(in_channels=[16, 32, 64, 128], out_channels=8),
     rpn_head=dict(in_channels=8, feat_channels=8),
     roi_head=dict(
@@ -26,6 +28,16 @@ SMALL = dict(
     ),
     test_cfg=dict(rcnn=dict(score_thr=0.0)),
 )
+SMALL = {
+    "faster": FASTER_RCNN,
+    "atss": dict(
+        backbone=RESNET,
+        neck=dict(in_channels=[16, 32, 64, 128], out_channels=32),
+        bbox_head=dict(in_channels=32, feat_channels=32, num_classes=3),
+        test_cfg=dict(score_thr=0.0),
+    ),
+    "rtmdet": dict(backbone=dict(init_cfg=None), test_cfg=dict(score_thr=0.0)),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +64,8 @@ EXPECTED = {
     "faster-rcnn_r50-dcn-c3-c5_fpn_1x_coco.py": (DCN, 13),
     "faster-rcnn_r50-dcnv2-c3-c5_fpn_1x_coco.py": (DCNv2, 13),
     "faster-rcnn_r50_fpn_deform-roi-align_1x_coco.py": (DeformRoIAlignPack, 4),
+    "atss_r50_fpn_dcnv2-head_1x_coco.py": (DCNv2, 2),
+    "rtmdet_s-dcnv2-stage3-stage4_8xb32-300e_coco.py": (DCNv2, 8),  # two strided, three plain and three depthwise
 }
 
 
@@ -66,7 +80,7 @@ def test_builds_as_written(name):
 @pytest.mark.parametrize("name", EXPECTED)
 def test_trains_and_predicts_when_small(name):
     config = load(name)
-    config.merge_from_dict(dict(model=SMALL))
+    config.merge_from_dict(dict(model=SMALL[re.match("[a-z]+", name)[0]]))
     if "roi-align" in name:
         config.model.roi_head.bbox_roi_extractor.roi_layer.update(output_channels=8, deform_fc_channels=16)
     model = MODELS.build(config.model)
