@@ -1,16 +1,21 @@
 // Deformable convolution on CUDA: the operators, and the rule that chooses between their kernels.
 #include <torch/csrc/stable/library.h>
 
+#include <cstdlib>
+#include <string_view>
 #include <tuple>
 
 #include "deform_conv2d.h"
+#include "deform_conv2d_fused.h"
 
 namespace dcn::cuda {
 namespace {
 
-// The one place that chooses. A fused kernel takes channels-last input, weights contiguous as (Co, kh, kw, C / groups),
-// offset and mask as Planes, bias or null, and writes channels-last output; the columns take everything.
-bool fused_takes(const ConvTensors&) { return false; }
+// DCN_PLUGIN_FUSED=0 in the environment leaves everything to the columns: for tests and benchmarks.
+bool fused_allowed() {
+  const char* const value = std::getenv("DCN_PLUGIN_FUSED");
+  return !value || std::string_view(value) != "0";
+}
 
 DeformConv2dShape checked_shape(const Tensor& input, const Tensor& offset, const Tensor& weight,
                                 const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
@@ -45,13 +50,16 @@ Tensor forward(const Tensor& input, const Tensor& offset, const Tensor& weight, 
                const std::optional<Tensor>& mask, IntList stride, IntList padding, IntList dilation) {
   const auto s = checked_shape(input, offset, weight, bias, mask, stride, padding, dilation);
   const DeviceScope device(input);
-  const bool channels_last = prefers_channels_last(input);
+  const ScalarType type = input.scalar_type();
+  const bool fused = fused_allowed() && fused_forward_takes(s, type);
+  const bool channels_last = fused || prefers_channels_last(input);
   const Tensor output =
-      empty(input, {s.batch, s.out_channels, s.out_height, s.out_width}, input.scalar_type(), format_of(channels_last));
-  if (s.batch == 0) return output;
-  const ConvTensors tensors = prepare(s, channels_last, input, offset, weight, bias, mask);
-  if (!fused_takes(tensors)) columns_forward(device, tensors, output);
-  return output;
+      empty(input, {s.batch, s.out_channels, s.out_height, s.out_width}, type, format_of(channels_last));
+  if (s.batch > 0) {
+    const ConvTensors tensors = prepare(s, channels_last, input, offset, weight, bias, mask);
+    fused ? fused_forward(device, tensors, output) : columns_forward(device, tensors, output);
+  }
+  return as_layout(output, prefers_channels_last(input));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input,
@@ -65,8 +73,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, c
               "(N, Co, Ho, Wo)");
   const DeviceScope device(input);
   const ScalarType type = input.scalar_type();
+  // The fused kernels add grad_input with atomics, and nothing else.
+  const bool fused = fused_allowed() && !(deterministic && need_input) && fused_backward_takes(s, type);
   // What adds in order knows one layout only.
-  const bool channels_last = deterministic || prefers_channels_last(input);
+  const bool channels_last = fused || deterministic || prefers_channels_last(input);
   const auto gradient_of = [&](bool needed, const Tensor& t, bool last) {
     return needed ? std::optional<Tensor>(empty(t, IntList(sizes(t).begin(), sizes(t).end()), type, format_of(last)))
                   : std::nullopt;
@@ -74,11 +84,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, c
   const ConvGradients grad{gradient_of(need_input, input, channels_last), gradient_of(need_sampling, offset, false),
                            mask ? gradient_of(need_sampling, *mask, false) : std::nullopt,
                            gradient_of(need_weight, weight, channels_last)};
-  if (s.batch > 0)
-    columns_backward(device, prepare(s, channels_last, input, offset, weight, std::nullopt, mask),
-                     as_layout(grad_output, channels_last), deterministic, grad);
-  else if (grad.weight)
+  if (s.batch > 0) {
+    const ConvTensors tensors = prepare(s, channels_last, input, offset, weight, std::nullopt, mask);
+    const Tensor grad_out = as_layout(grad_output, channels_last);
+    fused ? fused_backward(device, tensors, grad_out, grad)
+          : columns_backward(device, tensors, grad_out, deterministic, grad);
+  } else if (grad.weight) {
     torch::stable::zero_(const_cast<Tensor&>(*grad.weight));
+  }
   const auto finish = [&](const std::optional<Tensor>& g, bool last) {
     return g ? as_layout(*g, last) : empty(input, {0}, type);
   };

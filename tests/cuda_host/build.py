@@ -16,7 +16,8 @@ TORCH = Path(torch.__file__).parent
 FLAGS = [
     *("-std=c++20", "-O1", "-g1", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function"),
     *("-fno-strict-aliasing", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
-    "-DDCN_CHUNK_BYTES=16384",  # small chunks: small tests have several
+    # Small chunks and parts of the batch, large tiles for few blocks: small tests meet what large inputs do.
+    *("-DDCN_CHUNK_BYTES=16384", "-DDCN_SUMS_BYTES=16384", "-DDCN_WANTED_BLOCKS=2"),
     *(f"-I{p}" for p in (HERE, ROOT / "csrc", TORCH / "include", TORCH / "include/torch/csrc/api/include")),
 ]
 ADDRESS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=undefined"]

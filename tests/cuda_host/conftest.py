@@ -30,11 +30,14 @@ class CudaHost:
             env=environment(self.checker),
         )
 
-    def __call__(self, name: str, *arguments, order: int = 0):
-        """Runs operator `name`; blocks and threads take turns in `order` (see cuda_host.h)."""
+    def __call__(self, name: str, *arguments, order: int = 0, fused: bool = True):
+        """Runs operator `name`; blocks and threads take turns in `order` (see cuda_host.h).
+
+        Without `fused` a convolution goes through columns, whatever the rule says.
+        """
         if self.process is None:
             self._start()
-        pickle.dump((name, order, arguments), self.process.stdin)
+        pickle.dump((name, order, fused, arguments), self.process.stdin)
         self.process.stdin.flush()
         try:
             done, result = pickle.load(self.process.stdout)

@@ -21,10 +21,11 @@ def main() -> None:
     library.cuda_host_planted.restype = ctypes.c_char_p
     while True:
         try:
-            name, order, arguments = pickle.load(requests)
+            name, order, fused, arguments = pickle.load(requests)
         except EOFError:
             return
         library.cuda_host_set_order(order)
+        os.environ["DCN_PLUGIN_FUSED"] = str(int(fused))
         try:
             if name == "planted":
                 answer = True, library.cuda_host_planted(arguments[0].encode()).decode()

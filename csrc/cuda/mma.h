@@ -1,0 +1,229 @@
+// The matrix instructions of sm_80 and later, each behind one small function, and the tiles in shared memory that they
+// work on. Without nvcc the same functions are computed lane by lane, so that kernels built from them run on the host.
+#pragma once
+#include "runtime.h"
+
+namespace dcn::cuda {
+
+// ---- Copies from global to shared memory that do not pass through registers
+
+#ifdef __CUDACC__
+
+// Copies 16 bytes, or writes zeros and reads nothing. Done after cp_async_wait in this thread, seen by others after a
+// barrier.
+DCN_DEVICE void cp_async(void* shared, const void* global, bool valid) {
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+      "l"(__cvta_generic_to_global(global)), "r"(valid ? 16 : 0)
+      : "memory");
+}
+
+DCN_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most `groups` of the committed groups are unfinished.
+template <int groups>
+DCN_DEVICE void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory");
+}
+
+#else
+
+// A copy happens as late as it may, in the wait, so that a missing wait shows. The list of them is no memory of the
+// kernel's, and is kept from the checkers' eyes.
+#define DCN_UNWATCHED inline __attribute__((noinline, no_sanitize("thread")))
+struct PendingCopies {
+  struct {
+    Vec<uint32_t, 4>* to;
+    const Vec<uint32_t, 4>* from;  // null for zeros
+    int group;
+  } list[256];
+  int count, group;
+};
+inline PendingCopies pending_copies[1024];
+
+DCN_UNWATCHED void cp_async(void* shared, const void* global, bool valid) {
+  PendingCopies& pending = pending_copies[threadIdx.x];
+  if (pending.count == 256) cuda_host::fail("too many asynchronous copies", CudaHostSite::current());
+  pending.list[pending.count++] = {static_cast<Vec<uint32_t, 4>*>(shared),
+                                   valid ? static_cast<const Vec<uint32_t, 4>*>(global) : nullptr, pending.group};
+}
+
+DCN_UNWATCHED void cp_async_commit() { ++pending_copies[threadIdx.x].group; }
+
+inline __attribute__((noinline)) void copy_now(Vec<uint32_t, 4>* to, const Vec<uint32_t, 4>* from) {
+  *to = from ? *from : Vec<uint32_t, 4>{};
+}
+
+template <int groups>
+__attribute__((noinline, no_sanitize("thread"))) void cp_async_wait() {
+  PendingCopies& pending = pending_copies[threadIdx.x];
+  int left = 0;
+  for (int i = 0; i < pending.count; ++i)
+    if (pending.list[i].group < pending.group - groups)
+      copy_now(pending.list[i].to, pending.list[i].from);
+    else
+      pending.list[left++] = pending.list[i];
+  pending.count = left;
+}
+
+#endif
+
+// ---- Fragments: a warp's share of a matrix in registers, two 16-bit elements in each
+
+template <class T>
+DCN_DEVICE uint32_t pack(float low, float high) {
+  uint32_t bits;
+  if constexpr (std::is_same_v<T, half_t>) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    memcpy(&bits, &pair, sizeof bits);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    memcpy(&bits, &pair, sizeof bits);
+  }
+  return bits;
+}
+
+#ifdef __CUDACC__
+
+// Four 8x8 matrices; lanes 8i to 8i + 7 point at the 16-byte rows of matrix i. Register i of lane l gets elements
+// 2 * (l % 4) and its right neighbour of row l / 4, or, transposed, of column l / 4.
+template <bool transposed>
+DCN_DEVICE Vec<uint32_t, 4> load_matrices(const void* row) {
+  Vec<uint32_t, 4> r;
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  if constexpr (transposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r.lane[0]), "=r"(r.lane[1]), "=r"(r.lane[2]), "=r"(r.lane[3])
+                 : "r"(address)
+                 : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r.lane[0]), "=r"(r.lane[1]), "=r"(r.lane[2]), "=r"(r.lane[3])
+                 : "r"(address)
+                 : "memory");
+  return r;
+}
+
+// d (16 x 8) += a (16 x 16) * b (16 x 8), all spread over the warp.
+template <class T>
+DCN_DEVICE void multiply_add(float (&d)[4], const Vec<uint32_t, 4>& a, uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same_v<T, half_t>)
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a.lane[0]), "r"(a.lane[1]), "r"(a.lane[2]), "r"(a.lane[3]), "r"(b0), "r"(b1));
+  else
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a.lane[0]), "r"(a.lane[1]), "r"(a.lane[2]), "r"(a.lane[3]), "r"(b0), "r"(b1));
+}
+
+#else
+
+template <bool transposed>
+Vec<uint32_t, 4> load_matrices(const void* row, CudaHostSite site = CudaHostSite::current()) {
+  const void* const* rows = cuda_host::exchange(kFullWarp, row, site);
+  const unsigned lane = cuda_host::lane(), along = lane / 4, across = lane % 4 * 2;
+  Vec<uint32_t, 4> r;
+  for (unsigned i = 0; i < 4; ++i) {
+    uint16_t pair[2];
+    for (unsigned e = 0; e < 2; ++e)
+      pair[e] = transposed ? static_cast<const uint16_t*>(rows[8 * i + across + e])[along]
+                           : static_cast<const uint16_t*>(rows[8 * i + along])[across + e];
+    r.lane[i] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
+  }
+  return r;
+}
+
+template <class T>
+void multiply_add(float (&d)[4], const Vec<uint32_t, 4>& a, uint32_t b0, uint32_t b1,
+                  CudaHostSite site = CudaHostSite::current()) {
+  struct Operands {
+    T a[4][2], b[2][2];
+  } mine;
+  memcpy(mine.a, a.lane, sizeof mine.a);
+  memcpy(mine.b[0], &b0, sizeof b0);
+  memcpy(mine.b[1], &b1, sizeof b1);
+  const Operands* all = cuda_host::exchange(kFullWarp, mine, site);
+  const unsigned lane = cuda_host::lane();
+  for (unsigned i = 0; i < 4; ++i) {
+    const unsigned row = lane / 4, column = lane % 4 * 2 + i % 2;
+    for (unsigned k = 0; k < 16; ++k)
+      d[i] += widen(all[row * 4 + k % 8 / 2].a[i / 2 + k / 8 * 2][k % 2]) *
+              widen(all[column * 4 + k % 8 / 2].b[k / 8][k % 2]);
+  }
+}
+
+#endif
+
+// ---- Tiles
+
+// A matrix of 16-bit elements in shared memory, in panels of 64 columns. A panel's rows are 128 bytes, and the 16-byte
+// vectors of a row are permuted by the row's number so that eight rows' vectors of one column lie in different banks
+// (the 128-byte swizzle of Hopper's matrix descriptors).
+template <class T, int rows>
+struct Panels {
+  static constexpr int kColumns = 64, kVectors = 8;  // of a panel; a vector is 8 elements
+  T* data;
+
+  DCN_INLINE constexpr int64_t bytes(int panels) { return int64_t(panels) * rows * kColumns * sizeof(T); }
+  // `vector` counts through all panels.
+  __device__ T* at(int row, int vector) const {
+    return data + (vector / kVectors * rows + row) * kColumns + (vector % kVectors ^ row % 8) * 8;
+  }
+};
+
+// A warp's product: (16 * kM) x (16 * kN) in float32.
+template <int kM, int kN>
+struct Accumulator {
+  float at[kM][2 * kN][4];
+};
+
+// sum += a * b over 16 of the depth, where a warp's part begins at row `m` of a and column `n` of b, and `depth` is a
+// multiple of 16. A tile that is stored with the depth along its columns is read as it is; one stored with the depth
+// along its rows is transposed on the way. `halfway` is called after half of the columns: other work for the warp while
+// the tensor cores are busy. The place for another matrix instruction: the tiles' layout is wgmma's.
+template <bool a_depth_in_rows, bool b_depth_in_rows, int kM, int kN, class T, int a_rows, int b_rows, class Halfway>
+DCN_DEVICE void multiply_step(Accumulator<kM, kN>& sum, const Panels<T, a_rows>& a, const Panels<T, b_rows>& b, int m,
+                              int n, int depth, Halfway halfway) {
+  const int lane = threadIdx.x % 32;
+  const int low = lane % 8, middle = lane / 8 % 2, high = lane / 16;
+  Vec<uint32_t, 4> fragment[kM];
+#pragma unroll
+  for (int i = 0; i < kM; ++i) {
+    const int first = m + 16 * i;
+    fragment[i] = a_depth_in_rows ? load_matrices<true>(a.at(depth + 8 * high + low, first / 8 + middle))
+                                  : load_matrices<false>(a.at(first + 8 * middle + low, depth / 8 + high));
+  }
+#pragma unroll
+  for (int j = 0; j < kN; ++j) {
+    if (j == kN / 2) halfway();
+    const int first = n + 16 * j;
+    const auto pair = b_depth_in_rows ? load_matrices<true>(b.at(depth + 8 * middle + low, first / 8 + high))
+                                      : load_matrices<false>(b.at(first + 8 * high + low, depth / 8 + middle));
+#pragma unroll
+    for (int i = 0; i < kM; ++i) {
+      multiply_add<T>(sum.at[i][2 * j], fragment[i], pair.lane[0], pair.lane[1]);
+      multiply_add<T>(sum.at[i][2 * j + 1], fragment[i], pair.lane[2], pair.lane[3]);
+    }
+  }
+}
+
+// Calls visit(row, column, two neighbours of a row) for the lane's share of a warp's product.
+template <int kM, int kN, class Visit>
+DCN_DEVICE void for_each_pair(const Accumulator<kM, kN>& sum, int m, int n, Visit visit) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < kM; ++i)
+#pragma unroll
+    for (int j = 0; j < 2 * kN; ++j)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        visit(m + 16 * i + 8 * half + lane / 4, n + 8 * j + lane % 4 * 2, sum.at[i][j][2 * half],
+              sum.at[i][j][2 * half + 1]);
+}
+
+}  // namespace dcn::cuda
