@@ -6,7 +6,11 @@ import torch
 
 FOLDER = Path(__file__).parent.parent
 NAMESPACE = "dcn_plugin"
-OPERATORS = ("deform_conv2d", "deform_conv2d_backward", "deform_roi_align", "deform_roi_align_backward")
+OPERATORS = tuple(
+    name + suffix
+    for name in ("deform_conv2d", "deform_roi_align", "deform_ps_roi_pool")
+    for suffix in ("", "_backward")
+)
 
 
 def _load(name: str) -> None:

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 
-from dcn_plugin.ops import deform_conv2d, deform_roi_align
+from dcn_plugin.ops import deform_conv2d, deform_ps_roi_pool, deform_roi_align
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -30,16 +30,26 @@ def conv_case(device="cuda", dtype=torch.float32, memory_format=torch.contiguous
     return lambda: deform_conv2d(input, offset, weight, None, 1, 1, 1, mask), [input, offset, weight, mask]
 
 
+def random_rois(device):
+    corners = torch.rand(200, 2, 2).mul(400).sort(1).values.flatten(1)
+    return torch.cat([torch.arange(200.0)[:, None] % 2, corners], 1).to(device)
+
+
 def roi_case(device="cuda", dtype=torch.float32, memory_format=torch.contiguous_format):
     input = torch.randn(2, 64, 50, 60).to(device=device, dtype=dtype, memory_format=memory_format).requires_grad_()
-    corners = torch.rand(200, 2, 2).mul(400).sort(1).values.flatten(1)
-    rois = torch.cat([torch.arange(200.0)[:, None] % 2, corners], 1).to(device)
+    rois = random_rois(device)
     offset = torch.randn(200, 2, 7, 7).to(device, dtype).requires_grad_()
     mask = torch.rand(200, 1, 7, 7).to(device, dtype).requires_grad_()
     return lambda: deform_roi_align(input, rois, offset, 7, 0.125, 0, 0.1, mask), [input, offset, mask]
 
 
-CASES = pytest.mark.parametrize("make", [conv_case, roi_case])
+def ps_roi_case(device="cuda", dtype=torch.float32, memory_format=torch.contiguous_format):
+    input = torch.randn(2, 6 * 9, 50, 60).to(device=device, dtype=dtype, memory_format=memory_format).requires_grad_()
+    rois, offset = random_rois(device), torch.randn(200, 4, 3, 3).to(device, dtype).requires_grad_()
+    return lambda: deform_ps_roi_pool(input, rois, offset, 3, spatial_scale=0.125), [input, offset]
+
+
+CASES = pytest.mark.parametrize("make", [conv_case, roi_case, ps_roi_case])
 
 
 def gradients(run, leaves):
@@ -153,10 +163,44 @@ def test_second_device(make):
         assert relative_error(a, b) < 1e-5
 
 
-def test_roi_of_no_image_gives_zeros():
+# batch, channels, out_channels, kernel, size, deform_groups: from 128 * 128 rows on, the large tiles
+FUSED_CASES = {
+    "small": (2, 64, 128, 3, 13, 1),
+    "narrow": (5, 40, 64, 3, 60, 1),
+    "square": (5, 64, 128, 3, 60, 2),
+    "wide": (5, 128, 264, 3, 60, 1),
+    "depthwise": (5, 72, 72, 3, 60, 3),
+}
+
+
+@pytest.mark.parametrize("memory_format", LAYOUTS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 4e-3), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("name", FUSED_CASES)
+def test_fused_equals_columns(name, dtype, tolerance, memory_format, monkeypatch):
+    n, channels, out_channels, kernel, size, deform_groups = FUSED_CASES[name]
+    taps, groups = kernel * kernel, channels if name == "depthwise" else 1
+
+    def random(*shape, scale=1.0):
+        return (torch.randn(shape, device="cuda") * scale).to(dtype, memory_format=memory_format).requires_grad_()
+
+    offset, mask = (random(n, count * deform_groups * taps, size, size, scale=2) for count in (2, 1))
+    input, weight = random(n, channels, size, size), random(out_channels, channels // groups, kernel, kernel, scale=0.1)
+    bias = torch.randn(out_channels, device="cuda").to(dtype).requires_grad_()
+    results = []
+    for fused in ("0", "1"):
+        monkeypatch.setenv("DCN_PLUGIN_FUSED", fused)
+        leaves = [input, offset, weight, bias, mask]
+        results.append(gradients(lambda: deform_conv2d(input, offset, weight, bias, 1, kernel // 2, 1, mask), leaves))
+    for a, b in zip(*results, strict=True):
+        assert relative_error(a, b) < tolerance
+    assert not torch.equal(results[0][0], results[1][0])  # they round differently: both ran
+
+
+@pytest.mark.parametrize("pool", [deform_roi_align, deform_ps_roi_pool])
+def test_roi_of_no_image_gives_zeros(pool):
     input = torch.randn(2, 8, 10, 10, device="cuda", requires_grad=True)
     rois = torch.tensor([[5.0, 0, 0, 8, 8], [-1.0, 0, 0, 8, 8], [float("nan"), 0, 0, 8, 8]], device="cuda")
-    output = deform_roi_align(input, rois)
+    output = pool(input, rois, output_size=2)
     (grad,) = torch.autograd.grad(output.sum(), input)
     assert not output.any()
     assert not grad.any()

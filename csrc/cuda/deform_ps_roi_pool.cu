@@ -1,0 +1,109 @@
+// Deformable position-sensitive RoI pooling on CUDA: the drivers.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "deform_ps_roi_pool.cuh"
+#include "elementwise.cuh"
+
+namespace dcn::cuda {
+namespace {
+
+DeformPSRoIPoolShape checked_shape(const Tensor& input, const Tensor& rois, const std::optional<Tensor>& offset,
+                                   const IntList& output_size, const IntList& group_size, const IntList& part_size,
+                                   int64_t sample_per_part, double spatial_scale, double trans_std) {
+  check_floating(input, "input");
+  check_floating(rois, "rois");
+  check_same_device(rois, input, "rois");
+  check_like_input(offset, input, "offset");
+  const auto s =
+      make_deform_ps_roi_pool_shape(sizes(input), sizes(rois), sizes(offset), sizes(output_size), sizes(group_size),
+                                    sizes(part_size), sample_per_part, spatial_scale, trans_std);
+  constexpr int64_t kMostItems = INT32_MAX - 32;  // a warp counts a bin's samples in a class's channels
+  check(s.samples <= 1024 && s.samples * s.samples <= kMostItems / std::max<int64_t>(s.class_channels(), 1),
+        "sample_per_part is too large for CUDA, got ", sample_per_part, " for input ", to_string(sizes(input)));
+  return s;
+}
+
+Tensor forward(const Tensor& input, const Tensor& rois, const std::optional<Tensor>& offset, IntList output_size,
+               IntList group_size, IntList part_size, int64_t sample_per_part, double spatial_scale, double trans_std) {
+  const auto s =
+      checked_shape(input, rois, offset, output_size, group_size, part_size, sample_per_part, spatial_scale, trans_std);
+  const DeviceScope device(input);
+  const ScalarType type = input.scalar_type();
+  const bool channels_last = prefers_channels_last(input);
+  Tensor output = empty(input, {s.rois, s.output_dim, s.out_height, s.out_width}, type, format_of(channels_last));
+  if (s.batch == 0 || output.numel() == 0) return torch::stable::zero_(output);
+  const Tensor maps = as_layout(input, channels_last), boxes = as(rois, compute_type(type));
+  const auto offsets = as(offset, type);
+  dispatch(type, [&]<class T>(T) {
+    const PSRoIArgs<T> args{
+        s,       channels_last, data<T>(maps), data<Accum<T>>(boxes), data<T>(offsets), data<T>(output),
+        nullptr, nullptr,       nullptr};
+    device.launch(ps_roi_forward<T>, {blocks_for(output.numel(), kPSRoIThreads), kPSRoIThreads}, args);
+  });
+  return output;
+}
+
+template <class T>
+void launch_backward(const DeviceScope& device, PSRoIArgs<T> args, bool deterministic) {
+  constexpr int64_t kBandRows = 4;
+  const DeformPSRoIPoolShape& s = args.shape;
+  if (deterministic && args.grad_input) {
+    const int64_t threads = s.batch * divide_up(s.height, kBandRows) * s.channels;
+    device.launch(ps_roi_scatter_in_order<T>, {blocks_for(threads, kPSRoIThreads), kPSRoIThreads}, args,
+                  static_cast<int>(kBandRows));
+    args.grad_input = nullptr;
+  }
+  if (args.grad_input || args.grad_offset)
+    device.launch(ps_roi_backward<T>, {blocks_for(s.rois * s.classes * s.parts(), kPSRoIWarps), kPSRoIThreads}, args);
+}
+
+std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input, const Tensor& rois,
+                                    const std::optional<Tensor>& offset, IntList output_size, IntList group_size,
+                                    IntList part_size, int64_t sample_per_part, double spatial_scale, double trans_std,
+                                    bool need_input, bool need_offset, bool deterministic) {
+  const auto s =
+      checked_shape(input, rois, offset, output_size, group_size, part_size, sample_per_part, spatial_scale, trans_std);
+  check_like_input(grad_output, input, "grad_output");
+  check_shape(sizes(grad_output), {s.rois, s.output_dim, s.out_height, s.out_width}, "grad_output",
+              "(K, output_dim, output height, output width)");
+  const DeviceScope device(input);
+  const ScalarType type = input.scalar_type(), sum_type = compute_type(type);
+  const bool channels_last = prefers_channels_last(input);
+  const IntList map_size{s.batch, s.channels, s.height, s.width};
+  const Tensor sums =
+      need_input ? zeros(input, map_size, sum_type, format_of(channels_last)) : empty(input, {0}, sum_type);
+  Tensor grad_offset = need_offset && offset
+                           ? empty(*offset, IntList(sizes(*offset).begin(), sizes(*offset).end()), type)
+                           : empty(input, {0}, type);
+  const Tensor grad_input =
+      need_input && type != sum_type ? empty(input, map_size, type, format_of(channels_last)) : sums;
+  if (s.batch == 0) grad_offset = torch::stable::zero_(grad_offset);
+  dispatch(type, [&]<class T>(T) {
+    using A = Accum<T>;
+    if (s.rois > 0 && s.batch > 0) {
+      const Tensor maps = as_layout(input, channels_last), grad = as_layout(grad_output, channels_last);
+      const Tensor boxes = as(rois, sum_type);
+      const auto offsets = as(offset, type);
+      launch_backward(
+          device,
+          PSRoIArgs<T>{s, channels_last, data<T>(maps), data<A>(boxes), data<T>(offsets), nullptr, data<T>(grad),
+                       need_input ? data<A>(sums) : nullptr, need_offset && offset ? data<T>(grad_offset) : nullptr},
+          deterministic);
+    }
+    if (need_input && type != sum_type && sums.numel() > 0)
+      device.launch(narrow_all<T>, {blocks_for(sums.numel(), 256), 256}, data<T>(grad_input), data<A>(sums),
+                    sums.numel());
+  });
+  return {need_input ? grad_input : empty(input, {0}, type), grad_offset};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(dcn_plugin, DCN_DISPATCH_KEY, m) {
+  m.impl("deform_ps_roi_pool", TORCH_BOX(&forward));
+  m.impl("deform_ps_roi_pool_backward", TORCH_BOX(&backward));
+}
+
+}  // namespace dcn::cuda
