@@ -24,8 +24,8 @@ lint: setup  ## run the linters over all files
 
 format: lint  ## as lint: the linters fix what they can
 
-bench: setup  ## time the convolution against the dense one and against its peers (3 minutes)
-	$(BIN)/python benchmarks/deform_conv2d.py --out benchmarks/results/cpu.json
+bench: setup  ## time operators and a detector beside their peers (15 to 20 minutes; ARGS="--quick": one)
+	$(BIN)/python -m benchmarks $(ARGS)
 
 clean:  ## remove what was built; data, trained models and .venv stay
 	rm -rf build dist *.egg-info dcn_plugin/_*.so $(VENV)/stamps/package

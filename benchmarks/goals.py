@@ -1,0 +1,77 @@
+"""What the project wants of itself on a CPU with two threads, and what became of it; smaller is better everywhere."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Goal:
+    what: str
+    goal: float | None
+    at_most: float
+    cases: tuple
+    direction: str = "forward"
+    operator: str = "deform_conv2d"
+    # What our time is divided by: the time of a contender, or "floor" for the one that the case names; "3x3" takes the
+    # ratio to the floor and divides it by that of the 3x3 convolution. "memory" is no ratio: it is MiB for each thread.
+    over: str = "floor"
+
+
+BOTH = "forward+backward"
+STAGES = ("c3", "c4", "c5")
+LAST = tuple(f"{stage} channels_last" for stage in STAGES)
+SMALL = ("small", "small channels_last")
+DEPTHWISE = ("c4 depthwise", "c4 depthwise channels_last")
+VARIANTS = tuple(f"c4 {v}" for v in ("deform_groups 4", "1x1", "5x5", "stride 2", "dilation 2"))
+ROI = ("FPN sampling_ratio 2", "FPN sampling_ratio 0")
+DETECTOR = ("Faster R-CNN R50-FPN, 2 images 320x320",)
+GOALS = (
+    Goal("v2 forward, float32, 3x3", 1.15, 1.35, STAGES),
+    Goal("the same, channels_last", 1.15, 1.3, LAST),
+    Goal("the same, (1, 64, 56, 56)", 1.5, 1.9, SMALL),
+    Goal("forward + backward, float32", 1.5, 1.9, (*STAGES, *LAST, *SMALL), BOTH),
+    Goal("forward, bfloat16, to bfloat16 dense", 1.4, 1.8, tuple(f"{s} bfloat16" for s in (*STAGES, *LAST))),
+    Goal("depthwise forward, to dense depthwise", 2, 4, DEPTHWISE),
+    Goal("variants' ratio to that of 3x3", None, 1.3, VARIANTS, over="3x3"),
+    Goal("the same, channels_last", None, 1.3, tuple(f"{v} channels_last" for v in VARIANTS), over="3x3"),
+    Goal("a tiny call, (1, 16, 8, 8)", None, 3, ("tiny",)),
+    Goal("RoI align forward, to mmcv's roi_align", 0.5, 1.0, ROI, "forward", "deform_roi_align", "mmcv"),
+    Goal("RoI align forward + backward", 0.5, 1.0, ROI, BOTH, "deform_roi_align", "mmcv"),
+    Goal("peak memory forward, MiB a thread", 8, 16, (*STAGES, *LAST), over="memory"),
+    *(Goal(f"forward, to {peer}'s", None, 1 / 5, STAGES, over=peer) for peer in ("mmcv", "torchvision")),
+    *(Goal(f"with backward, to {peer}'s", None, 1 / 10, STAGES, BOTH, over=peer) for peer in ("mmcv", "torchvision")),
+    *(Goal(f"forward, to {peer}'s", None, 1, STAGES, over=peer) for peer in ("openvino", "onnxruntime")),
+    Goal("Faster R-CNN training iteration, to the plain one's", 1.15, 1.3, DETECTOR, "training iteration", "detector"),
+)  # fmt: skip
+
+
+def figure(goal, case, results):
+    """What was measured of a goal's case, or None."""
+
+    def ratio_over(over, case):
+        keys = goal.operator, goal.direction, case
+        rows = [row for row in results["times"] if (row["operator"], row["direction"], row["case"]) == keys]
+        contenders = rows[0]["contenders"] if rows else {}
+        ours = contenders.get("dcn_plugin", {})
+        if over == "memory":
+            return ours["peak_mib"] / rows[0]["threads"] if "peak_mib" in ours else None
+        if over == "floor" or over == ours.get("floor"):
+            return ours["ratio"][1] if "ratio" in ours else None
+        return ours["seconds"][1] / contenders[over]["seconds"][1] if over in contenders else None
+
+    if goal.over != "3x3":
+        return ratio_over(goal.over, case)
+    plain = ratio_over("floor", "c4 channels_last" if case.endswith("channels_last") else "c4")
+    ratio = ratio_over("floor", case)
+    return ratio / plain if ratio and plain else None
+
+
+def judge(goal, results):
+    """({case: figure} for those that were measured, the verdict on the worst of them)"""
+    found = {case: figure(goal, case, results) for case in goal.cases}
+    found = {case: value for case, value in found.items() if value is not None}
+    if not found:
+        return found, "not measured"
+    worst = max(found.values())
+    if worst > goal.at_most:
+        return found, "short"
+    return found, "pass" if goal.goal is None or worst <= goal.goal else "pass (limit)"

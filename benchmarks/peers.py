@@ -1,0 +1,167 @@
+"""What is optional: other implementations, and MMDetection. Whatever keeps one from importing, the run goes on."""
+
+from functools import cache
+from importlib import import_module
+
+import numpy as np
+import torch
+
+# What is imported of each.
+PEERS = dict(
+    mmcv="mmcv.ops",
+    mmdet="mmdet.models",
+    torchvision="torchvision.ops",
+    openvino="openvino.opset8",
+    onnxruntime="onnxruntime",
+)
+
+
+@cache
+def load(name):
+    """(module or None, its version or why it is absent)"""
+    try:
+        if name == "onnxruntime":
+            import_module("onnx")  # makes its graphs
+        module = import_module(PEERS[name])
+        return module, getattr(import_module(name), "__version__", "?").split("-")[0]
+    except Exception as error:  # a broken installation raises anything at all
+        return None, f"{type(error).__name__}: {error}".splitlines()[0][:160]
+
+
+def installed():
+    """({peer: version}, {peer that is absent: why})"""
+    found = {name: load(name) for name in PEERS}
+    return tuple({name: said for name, (m, said) in found.items() if (m is None) == gone} for gone in (False, True))
+
+
+def conv(case, t):
+    """Deformable convolutions of the tensors ``t``: (name, run)."""
+    input, weight, offset, mask = t.values()
+    geometry = case.stride, case.padding, case.dilation
+    groups = case.groups, case.deform_groups
+    mmcv, torchvision = load("mmcv")[0], load("torchvision")[0]
+
+    def mmcvs():
+        # It reads channels_last tensors as if they were contiguous, and is wrong: its caller has to copy them.
+        x, w = input.contiguous(), weight.contiguous()
+        if mask is None:
+            return mmcv.deform_conv2d(x, offset, w, *geometry, *groups, False)
+        return mmcv.modulated_deform_conv2d(x, offset, mask, w, None, *geometry, *groups)
+
+    if mmcv:
+        yield "mmcv", mmcvs
+    if torchvision:
+        yield "torchvision", lambda: torchvision.deform_conv2d(input, offset, weight, None, *geometry, mask)
+
+
+def roi_align(bins, ratio):
+    """Pools of (map, rois, offset, spatial_scale), each (name, pool): with straight bins, and with bins that move."""
+    straight, moving = [], []
+    if mmcv := load("mmcv")[0]:
+        straight.append(("mmcv", lambda x, rois, _, s: mmcv.roi_align(x.contiguous(), rois, bins, s, ratio)))
+        moving.append(
+            (
+                "mmcv deform_roi_pool",
+                lambda x, rois, offset, s: mmcv.deform_roi_pool(x.contiguous(), rois, offset, bins, s, ratio),
+            )
+        )
+    if torchvision := load("torchvision")[0]:
+        straight.append(
+            ("torchvision", lambda x, rois, _, s: torchvision.roi_align(x, rois, bins, s, ratio, aligned=True))
+        )
+    return straight, moving
+
+
+def inference(case, t, device, threads):
+    """The inference runtimes, (name, run of their dense convolution, run), where they are claimed to be fast: NCHW
+    float32 on the CPU.
+    """
+    if device != "cpu" or case.dtype != torch.float32 or case.channels_last:
+        return
+    arrays = {name: x.detach().numpy() for name, x in t.items() if x is not None}
+    dense = {name: arrays[name] for name in ("input", "weight")}
+    for name, build in dict(openvino=_openvino, onnxruntime=_onnxruntime).items():
+        if load(name)[0]:
+            yield name, *(_built_when_run(build, case, fed, threads) for fed in (dense, arrays))
+
+
+def _built_when_run(build, *args):
+    """The graph is compiled by the first run, where failing leaves the peer out."""
+    built = cache(lambda: build(*args))
+    return lambda: built()()
+
+
+def _openvino(case, arrays, threads):
+    """A compiled graph of one convolution: deformable where there are offsets. Inputs and outputs are bound once."""
+    import openvino
+    from openvino import opset8
+
+    fed = {name: array for name, array in arrays.items() if name != "weight"}
+    nodes = {name: opset8.parameter(array.shape, dtype=np.float32, name=name) for name, array in fed.items()}
+    weight = arrays["weight"]
+    pads = [case.padding] * 2
+    geometry = [case.stride] * 2, pads, pads, [case.dilation] * 2
+    if "offset" in arrays:
+        options = dict(group=case.groups, deformable_group=case.deform_groups, bilinear_interpolation_pad=True)
+        output = opset8.deformable_convolution(
+            nodes["input"], nodes["offset"], weight, *geometry, nodes.get("mask"), **options
+        )
+    elif case.groups == 1:
+        output = opset8.convolution(nodes["input"], weight, *geometry)
+    else:
+        grouped = weight.reshape(case.groups, -1, *weight.shape[1:])
+        output = opset8.group_convolution(nodes["input"], grouped, *geometry)
+    model = openvino.Model([output], list(nodes.values()), "convolution")
+    options = dict(INFERENCE_PRECISION_HINT="f32", PERFORMANCE_HINT="LATENCY", NUM_STREAMS="1")
+    options["INFERENCE_NUM_THREADS"] = str(threads)
+    request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
+    for index, array in enumerate(fed.values()):
+        request.set_input_tensor(index, openvino.Tensor(array, shared_memory=True))
+
+    def run():
+        request.infer()
+        return torch.from_numpy(request.get_output_tensor(0).data)
+
+    return run
+
+
+def _onnxruntime(case, arrays, threads):
+    """As :func:`_openvino`, in ONNX Runtime."""
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    fed = {name: array for name, array in arrays.items() if name != "weight"}
+    deformable = "offset" in arrays
+    names = ["input", "weight"] + (["offset", "", "mask"] if "mask" in arrays else ["offset"] if deformable else [])
+    node = helper.make_node(
+        "DeformConv" if deformable else "Conv",
+        names,
+        ["output"],
+        group=case.groups,
+        kernel_shape=[case.kernel] * 2,
+        strides=[case.stride] * 2,
+        pads=[case.padding] * 4,
+        dilations=[case.dilation] * 2,
+        **dict(offset_group=case.deform_groups) if deformable else {},
+    )
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, array.shape) for name, array in fed.items()]
+    output = helper.make_tensor_value_info("output", TensorProto.FLOAT, [None] * 4)
+    weight = numpy_helper.from_array(np.ascontiguousarray(arrays["weight"]), "weight")
+    graph = helper.make_graph([node], "convolution", inputs, [output], [weight])
+    # An IR version that the runtime reads: the newest onnx writes newer ones.
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # or it takes cores from the next contender
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    for name, array in fed.items():
+        binding.bind_cpu_input(name, array)
+    (output,) = session.run(None, fed)
+    binding.bind_output("output", "cpu", 0, output.dtype, output.shape, output.ctypes.data)
+
+    def run():
+        session.run_with_iobinding(binding)
+        return torch.from_numpy(output)
+
+    return run
