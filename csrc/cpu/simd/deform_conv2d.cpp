@@ -15,7 +15,7 @@ namespace {
 // Buffers of a task; columns are stored as the maps are.
 template <class T, class Element = T>
 struct Scratch {
-  Scratch(const Plan& plan, bool backward, Arena arena) : table(plan.shape.taps(), plan.tile_rows, arena) {
+  Scratch(const Plan& plan, bool backward, Arena arena) : table(plan.shape.taps(), plan.tile_rows, backward, arena) {
     const int64_t rows = plan.tile_rows, depth = plan.depthwise ? 0 : plan.shape.taps() * plan.max_padded;
     columns = arena.take<Element>(rows * depth);
     out = arena.take<T>(rows * plan.out_panels * kLanes<T>);

@@ -18,27 +18,23 @@ struct Tile {
 // nothing.
 template <class T>
 struct SampleTable {
-  SampleTable(int64_t taps, int64_t rows, Arena& arena) : rows(rows) {
+  SampleTable(int64_t taps, int64_t rows, bool backward, Arena& arena) : rows(rows) {
     for (auto& p : pixel) p = arena.take<int32_t>(taps * rows);
     for (auto& w : weight) w = arena.take<T>(taps * rows);
     frac_y = arena.take<T>(taps * rows);
     frac_x = arena.take<T>(taps * rows);
     mask = arena.take<T>(taps * rows);
+    for (auto& d : dot) d = arena.take<T>(backward ? taps * rows : 0);
     base_y = arena.take<T>(rows);
     base_x = arena.take<T>(rows);
   }
-  Sample<T> sample(int64_t i) const {
-    return {{pixel[0][i], pixel[1][i], pixel[2][i], pixel[3][i]},
-            {weight[0][i], weight[1][i], weight[2][i], weight[3][i]},
-            frac_y[i],
-            frac_x[i]};
-  }
   int64_t rows;
   int32_t* pixel[4];
-  T* weight[4];
+  T* weight[4];  // times the mask
   T* frac_y;
   T* frac_x;
   T* mask;
+  T* dot[4];  // of the sample's gradient with each pixel's values, over the channels
   T* base_y;  // by row: the position's top left corner on the input map
   T* base_x;
 };
@@ -62,6 +58,10 @@ static void locate(const DeformConv2dShape& s, const T* offset, const T* mask, i
     const T tap_x = static_cast<T>(tap % s.kernel_w * s.dilation_w);
     const int64_t start = tap * table.rows;
     const SampleTable<T> to = table;  // a copy: its pointers are then known not to change in the loop
+    if (mask)
+      std::copy_n(mask + (group * taps + tap) * positions + tile.first, tile.rows, table.mask + start);
+    else
+      std::fill_n(table.mask + start, tile.rows, T(1));
 #pragma GCC ivdep
     for (int64_t r = 0; r < tile.rows; ++r) {
       const auto sample = make_sample(locate_zero_padded(to.base_y[r] + tap_y + dy[r], height),
@@ -69,15 +69,11 @@ static void locate(const DeformConv2dShape& s, const T* offset, const T* mask, i
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         to.pixel[i][start + r] = sample.pixel[i];
-        to.weight[i][start + r] = sample.weight[i];
+        to.weight[i][start + r] = sample.weight[i] * to.mask[start + r];
       }
       to.frac_y[start + r] = sample.frac_y;
       to.frac_x[start + r] = sample.frac_x;
     }
-    if (mask)
-      std::copy_n(mask + (group * taps + tap) * positions + tile.first, tile.rows, table.mask + start);
-    else
-      std::fill_n(table.mask + start, tile.rows, T(1));
     for (int64_t r = tile.rows; r < tile.blocks() * kRowBlock; ++r) {
       for (int i = 0; i < 4; ++i) {
         table.pixel[i][start + r] = -1;
@@ -100,14 +96,14 @@ static inline void for_each_sample(const SampleTable<T>& table, Tile tile, int64
       }
 }
 
-// A sample's pixels, whose first channels are at map + pixel * channels, and their weights times the mask.
+// A sample's pixels, whose first channels are at map + pixel * channels, and their weights.
 template <class T, class Element>
 struct Corners {
   Corners(const SampleTable<T>& table, int64_t i, const Element* map, int64_t channels, const Element* outside) {
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) {
       value[k] = table.pixel[k][i] < 0 ? outside : map + table.pixel[k][i] * channels;
-      weight[k] = table.weight[k][i] * table.mask[i];
+      weight[k] = table.weight[k][i];
     }
   }
   const Element* value[4];
@@ -144,6 +140,28 @@ static inline void gather(const DeformConv2dShape& s, const SampleTable<T>& tabl
   });
 }
 
+// From the dots of a tile's samples: arrays (taps, 3, positions) of d/dy, d/dx and d/dmask.
+template <class T>
+static void store_sampling_gradients(const DeformConv2dShape& s, const SampleTable<T>& table, Tile tile,
+                                     T* grad_sampling) {
+  const int64_t positions = s.positions();
+  for (int64_t tap = 0; tap < s.taps(); ++tap) {
+    const SampleTable<T> from = table;  // a copy, as in locate
+    const int64_t start = tap * table.rows;
+    T* grad = grad_sampling + tap * 3 * positions;
+#pragma GCC ivdep
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      // Its pixels do not matter here, its weights are without the mask.
+      const auto sample = make_sample<T>({0, 0, from.frac_y[start + r]}, {0, 0, from.frac_x[start + r]}, 0);
+      const T dot[4] = {from.dot[0][start + r], from.dot[1][start + r], from.dot[2][start + r], from.dot[3][start + r]};
+      grad[r] = from.mask[start + r] * derivative_y(sample, dot);
+      grad[positions + r] = from.mask[start + r] * derivative_x(sample, dot);
+      grad[2 * positions + r] =
+          sample.weight[0] * dot[0] + sample.weight[1] * dot[1] + sample.weight[2] * dot[2] + sample.weight[3] * dot[3];
+    }
+  }
+}
+
 // The way back: source(row, tap) returns a function that takes (channel, vector of the sample's masked values, to save
 // sampling again) and returns the gradient of those values. Adds to grad_map and writes grad_sampling, arrays (taps, 3,
 // positions) of the tile's d/dy, d/dx and d/dmask. Gradients of pixels outside the map go to `unused`.
@@ -171,15 +189,10 @@ static inline void scatter(const DeformConv2dShape& s, const SampleTable<T>& tab
         store(to[i] + v * L, load(to[i] + v * L, count) + from.weight[i] * grad, count);
       }
     });
-    if (row >= tile.rows) return;
-    const T dot[4] = {sum<T>(dots[0]), sum<T>(dots[1]), sum<T>(dots[2]), sum<T>(dots[3])};
-    const Sample<T> sample = table.sample(index);
-    T* grad = grad_sampling + tap * 3 * s.positions() + row;
-    grad[0] = table.mask[index] * derivative_y(sample, dot);
-    grad[s.positions()] = table.mask[index] * derivative_x(sample, dot);
-    grad[2 * s.positions()] =
-        sample.weight[0] * dot[0] + sample.weight[1] * dot[1] + sample.weight[2] * dot[2] + sample.weight[3] * dot[3];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) table.dot[i][index] = sum<T>(dots[i]);
   });
+  store_sampling_gradients(s, table, tile, grad_sampling);
 }
 
 }  // namespace dcn::cpu::DCN_ISA
