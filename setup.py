@@ -5,8 +5,8 @@ The libraries contain no Python symbol: one build serves every torch >= 2.10 and
 which one runs is decided at run time (csrc/cpu/dispatch.h).
 
 The CUDA library is built where nvcc is found and torch has CUDA. In the environment, DCN_PLUGIN_CUDA=0 leaves it out
-and 1 insists on it, whatever torch this is: it needs the headers alone; DCN_PLUGIN_CUDA_ARCHS="90" (say) narrows it to
-the compute capabilities named; MAX_JOBS limits the compilers at work.
+and 1 insists on it, whatever torch this is: it needs the headers alone ("only" leaves out the CPU library instead);
+DCN_PLUGIN_CUDA_ARCHS="90" (say) narrows it to the compute capabilities named; MAX_JOBS limits the compilers at work.
 """
 
 import os
@@ -148,6 +148,6 @@ NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 WANT_CUDA = os.environ.get("DCN_PLUGIN_CUDA") or ("1" if NVCC and torch.version.cuda else "0")
 if WANT_CUDA != "0" and NVCC is None:
     raise SystemExit("DCN_PLUGIN_CUDA asks for the CUDA library, but nvcc is not on the PATH")
-libraries = [cpu_library()] + ([cuda_library()] if WANT_CUDA != "0" else [])
+libraries = ([cpu_library()] if WANT_CUDA != "only" else []) + ([cuda_library()] if WANT_CUDA != "0" else [])
 
 setup(ext_modules=libraries, cmdclass={"build_ext": BuildLibraries, "bdist_wheel": BuildWheel})
