@@ -8,6 +8,7 @@ Ratios are to the dense convolution (or torchvision's roi_align) of the same sha
 
 import argparse
 import json
+import os
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -40,6 +41,19 @@ class Row:
 def autograd(run, leaves):
     grad = torch.randn_like(run())
     return lambda: torch.autograd.grad(run(), leaves, grad)
+
+
+def through_columns(call):
+    """The same without the fused kernels."""
+
+    def run():
+        os.environ["DCN_PLUGIN_FUSED"] = "0"
+        try:
+            return call()
+        finally:
+            del os.environ["DCN_PLUGIN_FUSED"]
+
+    return run
 
 
 def peak_mib(call):
@@ -107,9 +121,13 @@ def conv_contenders(channels, height, width, dtype, memory_format, groups, backw
             ).to(dtype),
             [input, offset, weight, mask],
         )
-    if not backward:
-        return {name: torch.no_grad()(run) for name, (run, _) in calls.items()}
-    return {name: autograd(run, leaves) for name, (run, leaves) in calls.items()}
+    if backward:
+        made = {name: autograd(run, leaves) for name, (run, leaves) in calls.items()}
+    else:
+        made = {name: torch.no_grad()(run) for name, (run, _) in calls.items()}
+    if dtype is not torch.float32:
+        made["deform_conv2d, columns"] = through_columns(made["deform_conv2d v2"])
+    return made
 
 
 def roi_contenders(dtype, memory_format, backward):
@@ -192,10 +210,10 @@ def main():
         with open(options.json, "w") as file:
             json.dump({"about": about, "rows": [asdict(row) for row in rows]}, file, indent=1)
     print(f"{about['gpu']}, torch {about['torch']}, cuDNN {about['cudnn']}, batch {BATCH}")
-    print(f"{'case':<32}{'contender':<24}{'ms':>9}{'+-':>7}{'ratio':>7}{'peak MiB':>10}")
+    print(f"{'case':<40}{'contender':<26}{'ms':>9}{'+-':>7}{'ratio':>7}{'peak MiB':>10}")
     for row in rows:
         print(
-            f"{row.case:<32}{row.contender:<24}{row.milliseconds:>9.3f}{row.spread:>7.3f}{row.ratio:>7.2f}"
+            f"{row.case:<40}{row.contender:<26}{row.milliseconds:>9.3f}{row.spread:>7.3f}{row.ratio:>7.2f}"
             f"{row.peak_mib:>10.0f}"
         )
     if skipped:

@@ -98,11 +98,15 @@ bool choose_backward_tile(const DeformConv2dShape& s, const Body& body) {
 
 // Output channels x two chunks of the depth.
 template <class Body>
-void choose_weight_tile(const DeformConv2dShape& s, const Body& body) {
-  const int64_t outs = s.group_out_channels();
-  if (outs <= 64) return body(FusedTile<64, 128, 2, 2>());
-  if (outs <= 128) return body(FusedTile<128, 128, 2, 2>());
-  body(FusedTile<256, 128, 4, 1>());
+bool choose_weight_tile(const DeformConv2dShape& s, const Body& body) {
+  const int64_t limit = shared_limit(), outs = s.group_out_channels();
+  const auto take = [&]<class Tile>(Tile tile) {
+    if (FusedWeightLayout<half_t, Tile>(weight_tile_slots(s)).bytes > limit) return false;
+    body(tile);
+    return true;
+  };
+  return (outs > 128 && take(FusedTile<256, 128, 4, 1>())) || (outs > 64 && take(FusedTile<128, 128, 2, 2>())) ||
+         take(FusedTile<64, 128, 2, 2>());
 }
 
 // Into how many parts the rows are shared out: as many as make the fewest rounds of blocks on the multiprocessors.
@@ -269,7 +273,7 @@ bool fused_forward_takes(const DeformConv2dShape& s, ScalarType type) {
 bool fused_backward_takes(const DeformConv2dShape& s, ScalarType type) {
   if (!takes(s, type)) return false;
   if (depthwise(s)) return DepthwiseLayout(all_slots(s), static_cast<int>(s.taps()), true).bytes <= shared_limit();
-  return choose_backward_tile(s, [](auto) {});
+  return choose_backward_tile(s, [](auto) {}) && choose_weight_tile(s, [](auto) {});
 }
 
 void fused_forward(const DeviceScope& device, const ConvTensors& tensors, const Tensor& output) {

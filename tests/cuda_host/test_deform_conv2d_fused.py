@@ -144,3 +144,13 @@ def test_rule(cuda_host, dtype):
     # ... and here the table of samples does not fit in shared memory, or columns are asked for.
     assert not took_fused(cuda_host, dtype, channels=1024, deform_groups=128)
     assert not took_fused(cuda_host, dtype, fused=False)
+
+
+@pytest.mark.parametrize(("out_channels", "deterministic", "fused"), [(8, False, True), (8, True, False), (2048, 0, 0)])
+def test_backward_rule(cuda_host, out_channels, deterministic, fused):
+    """Columns round the columns' gradient to the dtype, so only what they made has their bits."""
+    shape = (1, 8, 3, 3, out_channels, (2, 2), 1, 0, 1, 1, 1, True)
+    (input, offset, weight, _, mask), geometry, grad_output = make(shape, torch.bfloat16, True)
+    arguments = (grad_output, input, offset, weight, mask, *geometry, True, True, True, bool(deterministic))
+    by_rule, by_columns = (cuda_host("deform_conv2d_backward", *arguments, fused=allowed) for allowed in (True, False))
+    assert torch.equal(by_rule[1], by_columns[1]) == (not fused)
