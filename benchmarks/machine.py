@@ -22,11 +22,15 @@ def processor():
     return f"{of.get('model name', platform.machine())} (family {of.get('cpu family')}, model {of.get('model')})"
 
 
+def git(*command):
+    root = Path(__file__).parent.parent
+    return subprocess.run(["git", "-C", root, *command], capture_output=True, text=True).stdout.strip()
+
+
 def commit():
-    """Of the working tree; "-dirty" says that it has changed since."""
-    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+    """Of the working tree; "+" says that operators or benchmarks have changed since."""
+    changed = git("status", "--porcelain", "--", "csrc", "dcn_plugin", "benchmarks/*.py", "setup.py")
+    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + "+" * bool(changed)
 
 
 def command():

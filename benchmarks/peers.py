@@ -3,7 +3,6 @@
 from functools import cache
 from importlib import import_module
 
-import numpy as np
 import torch
 
 # What is imported of each.
@@ -78,21 +77,25 @@ def inference(case, t, device, threads):
     """
     if device != "cpu" or case.dtype != torch.float32 or case.channels_last:
         return
-    arrays = {name: x.detach().numpy() for name, x in t.items() if x is not None}
-    dense = {name: arrays[name] for name in ("input", "weight")}
+    dense = dict(input=t["input"], weight=t["weight"])
     for name, build in dict(openvino=_openvino, onnxruntime=_onnxruntime).items():
         if load(name)[0]:
-            yield name, *(_built_when_run(build, case, fed, threads) for fed in (dense, arrays))
+            yield name, *(_built_when_run(build, case, fed, threads) for fed in (dense, t))
 
 
-def _built_when_run(build, *args):
+def _built_when_run(build, case, tensors, threads):
     """The graph is compiled by the first run, where failing leaves the peer out."""
-    built = cache(lambda: build(*args))
+
+    @cache
+    def built():
+        return build(case, {name: x.detach().numpy() for name, x in tensors.items() if x is not None}, threads)
+
     return lambda: built()()
 
 
 def _openvino(case, arrays, threads):
     """A compiled graph of one convolution: deformable where there are offsets. Inputs and outputs are bound once."""
+    import numpy as np
     import openvino
     from openvino import opset8
 
@@ -127,6 +130,7 @@ def _openvino(case, arrays, threads):
 
 def _onnxruntime(case, arrays, threads):
     """As :func:`_openvino`, in ONNX Runtime."""
+    import numpy as np
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 

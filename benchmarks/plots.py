@@ -37,7 +37,7 @@ def around(low, middle, high):
 def save(figure, results, path):
     machine = results["machine"]
     where = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads, {machine['instruction_set']}"
-    text = f"{results['command']}: {where}, torch {machine['torch']}, commit {machine['commit']}"
+    text = f"{results['command']}\n{where}, torch {machine['torch']}, commit {machine['commit']}"
     figure.tight_layout()
     figure.text(0.01, -0.15 / figure.get_figheight(), text, fontsize=7, color="#555555", va="top")
     figure.savefig(path, facecolor="white", bbox_inches="tight", metadata=dict(Date=None))

@@ -226,6 +226,18 @@ def test_smallest_case_runs_from_end_to_end(tmp_path):
         assert f"without {name}: {reason}" in done.stdout
 
 
+def test_torch_is_all_it_needs():
+    absent = ("numpy", "matplotlib", "mmcv", "mmdet", "mmengine", "torchvision", "openvino", "onnx")
+    program = f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
+    program += "import benchmarks.measure, benchmarks.report as report, benchmarks.peers as peers\n"
+    program += "from benchmarks.__main__ import cases, detector_cases, measure\n"
+    program += "assert not list(detector_cases('cpu')) and not peers.installed()[0]\n"
+    program += "case = next(c for c in cases('cpu', 1) if c.label == 'tiny')\n"
+    program += "row = measure(case, 'forward', 'cpu', 1, 0.001); print(*row['contenders'])"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["dense", "dcn_plugin"], done.stderr
+
+
 def test_nothing_matching_is_an_error(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["benchmarks", "--only", "no such case"])
     with pytest.raises(SystemExit, match="nothing matches 'no such case'"):
