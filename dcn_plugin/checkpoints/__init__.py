@@ -158,8 +158,8 @@ def convert_checkpoint(
     lines += _about_deformable(converted)
     lines += [f"note: {note}" for note in NOTES[format]]
     if format == "detectron2" and {"pixel_mean", "pixel_std"} <= state.keys():
-        mean, std = (state[f"pixel_{kind}"].flatten().tolist() for kind in ("mean", "std"))
-        lines.append(f"note: its own PIXEL_MEAN is {mean}, its PIXEL_STD {std}")
+        mean, std = ([f"{value:g}" for value in state[f"pixel_{kind}"].flatten()] for kind in ("mean", "std"))
+        lines.append(f"note: its own PIXEL_MEAN is {', '.join(mean)}, its PIXEL_STD {', '.join(std)}")
     if config:
         lines += _check(config, converted)
 

@@ -15,7 +15,7 @@ EXAMPLES = {
     "mmdet": "backbone.layer1.0.conv1.weight backbone.layer2.0.conv2.conv_offset.weight "
     "neck.lateral_convs.0.conv.weight bbox_head.fc_cls.weight",
 }
-_LEAF = r"(?P<leaf>weight|bias|running_mean|running_var|num_batches_tracked)"
+_LEAF = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
 _TORCHVISION = rf"(conv1|bn1|layer[1-4]\.\d+\.(conv[123]|bn[123]|downsample\.[01]))\.{_LEAF}"
 _DETECTRON2 = r"(backbone\.(bottom_up\.)?|roi_heads\.)?(stem\.conv1|res[2-5]\.\d+\.conv\d)\.weight"
 _MMDET = r"(backbone|neck|rpn_head|bbox_head|roi_head|mask_head|panoptic_fusion_head|data_preprocessor)\."
@@ -45,10 +45,8 @@ def detect(state: State) -> str:
         near = get_close_matches(name, examples, n=1, cutoff=0)
         lines.append(f"  {name}: the nearest is {examples[near[0]]}'s {near[0]}")
     caffe = any(re.match(r"res\d_\d+_branch", name) for name in state)
-    hint = "these are Caffe2's names, which detectron2 converts itself" if caffe else "--strip takes a prefix away"
-    raise UnknownNames(
-        "the names are of no format known here:\n" + "\n".join(lines) + f"\n({hint}; --format forces one)"
-    )
+    lines.append("(Caffe2's names: detectron2 converts them)" if caffe else "(--strip takes a prefix away)")
+    raise UnknownNames("the names are of no format known here; --format forces one:\n" + "\n".join(lines))
 
 
 def names_of(kind: str, state: State) -> Names:

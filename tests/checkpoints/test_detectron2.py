@@ -117,7 +117,7 @@ def test_resnet(deform, groups, tmp_path):
     source = randomised(ResNet(style == "caffe", deform, groups, num_classes=10))
     state, text = convert(source, tmp_path)
     target = assert_loads(built(mmdet_resnet(style, deform, groups)), state)
-    x = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    x = torch.randn(1, 3, 64, 96, dtype=torch.float64)
     expected = source(x)
     assert_same(target(x), expected)
     assert "left out, 2: linear.weight, linear.bias" in text
@@ -135,9 +135,8 @@ def mask_rcnn_source():
     box = dict(fc1=nn.Linear(8 * 49, 16), fc2=nn.Linear(16, 16))
     mask = {f"mask_fcn{i + 1}": Conv(8, 8, 3, padding=1, norm=None) for i in range(4)}
     mask |= dict(deconv=nn.ConvTranspose2d(8, 8, 2, 2), predictor=nn.Conv2d(8, 3, 1))
-    rpn = dict(
-        conv=nn.Conv2d(8, 8, 3, padding=1), objectness_logits=nn.Conv2d(8, 3, 1), anchor_deltas=nn.Conv2d(8, 12, 1)
-    )
+    rpn = dict(conv=nn.Conv2d(8, 8, 3, padding=1))
+    rpn |= dict(objectness_logits=nn.Conv2d(8, 3, 1), anchor_deltas=nn.Conv2d(8, 12, 1))
     fpn = {f"fpn_lateral{i + 2}": nn.Conv2d(32 << i, 8, 1) for i in range(4)}
     fpn |= {f"fpn_output{i + 2}": nn.Conv2d(8, 8, 3, padding=1) for i in range(4)}
     source = tree(
@@ -149,12 +148,16 @@ def mask_rcnn_source():
             mask_head=mask,
         ),
     )
-    source.register_buffer("pixel_mean", torch.tensor([1.0, 2.0, 3.0])[:, None, None])
-    source.register_buffer("pixel_std", torch.ones(3, 1, 1))
     return source
 
 
 def mask_rcnn_target():
+    roi_extractor = dict(
+        type="SingleRoIExtractor",
+        roi_layer=dict(type="RoIAlign", output_size=7),
+        out_channels=8,
+        featmap_strides=[4, 8, 16, 32],
+    )
     config = dict(
         type="MaskRCNN",
         train_cfg=None,
@@ -169,6 +172,8 @@ def mask_rcnn_target():
         ),
         roi_head=dict(
             type="StandardRoIHead",
+            bbox_roi_extractor=roi_extractor,
+            mask_roi_extractor=roi_extractor,
             bbox_head=dict(type="Shared2FCBBoxHead", in_channels=8, fc_out_channels=16, num_classes=3),
             mask_head=dict(type="FCNMaskHead", in_channels=8, conv_out_channels=8, num_classes=3),
         ),
@@ -178,9 +183,11 @@ def mask_rcnn_target():
 
 def test_mask_rcnn(tmp_path):
     source = randomised(mask_rcnn_source())
+    source.register_buffer("pixel_mean", torch.tensor([1.0, 2.0, 3.0])[:, None, None])
+    source.register_buffer("pixel_std", torch.ones(3, 1, 1))
     state, text = convert(source, tmp_path)
     target = assert_loads(mask_rcnn_target(), state)
-    assert "PIXEL_MEAN is [1.0, 2.0, 3.0]" in text
+    assert "PIXEL_MEAN is 1, 2, 3, its PIXEL_STD 1, 1, 1" in text
 
     x, body = torch.randn(1, 3, 64, 64, dtype=torch.float64), source.backbone
     tops = body.bottom_up(x)
@@ -225,7 +232,6 @@ def test_retinanet(tmp_path):
     fpn |= {f"fpn_output{i + 3}": nn.Conv2d(8, 8, 3, padding=1) for i in range(3)}
     top = dict(p6=nn.Conv2d(256, 8, 3, 2, 1), p7=nn.Conv2d(8, 8, 3, 2, 1))
     source = tree(backbone=dict(bottom_up=ResNet(deform=None), top_block=top, **fpn), head=head)
-    source.register_buffer("anchor_generator", None)
     randomised(source)
     state, text = convert(source, tmp_path)
     config = dict(
@@ -275,18 +281,8 @@ def test_retinanet(tmp_path):
 def test_the_order_of_anchors_that_the_notes_ask_for():
     """detectron2's: for each size, for each ratio h / w, of the size's area."""
     sizes, ratios = [32.0, 40.0, 51.0], [0.5, 1.0, 2.0]
-    expected = torch.tensor(
-        [
-            [
-                -((size**2 / r) ** 0.5) / 2,
-                -((size**2 * r) ** 0.5) / 2,
-                (size**2 / r) ** 0.5 / 2,
-                (size**2 * r) ** 0.5 / 2,
-            ]
-            for size in sizes
-            for r in ratios
-        ]
-    )
+    corners = [(size / r**0.5 / 2, size * r**0.5 / 2) for size in sizes for r in ratios]
+    expected = torch.tensor([(-x, -y, x, y) for x, y in corners])
     scales = [size / 8 for size in sizes]
     ours = AnchorGenerator(strides=[8], ratios=ratios, scales=scales, scale_major=False)
     torch.testing.assert_close(ours.base_anchors[0], expected)
@@ -338,3 +334,18 @@ def test_pickled_arrays(numpy_1, protocol, tmp_path):
     np.testing.assert_array_equal(state["backbone.layer2.0.conv2.weight"], source.res3[0].conv2.weight.detach())
     state = {name.removeprefix("backbone."): tensor for name, tensor in state.items()}
     assert_loads(built(mmdet_resnet("caffe", "v2")), state)
+
+
+def test_names_of_towers_with_norms(tmp_path):
+    """Convolution, norm and ReLU take three numbers, where convolution and ReLU take two."""
+    state = {"backbone.res2.0.conv1.weight": torch.zeros(1, 1, 1, 1)}
+    for i in range(2):
+        state[f"head.cls_subnet.{3 * i}.weight"] = torch.zeros(8, 8, 3, 3)
+        state |= {f"head.cls_subnet.{3 * i + 1}.{leaf}": torch.zeros(8) for leaf in ("weight", "running_mean")}
+        state[f"head.bbox_subnet.{3 * i}.bias"] = torch.zeros(8)
+        state[f"head.bbox_subnet.{3 * i + 1}.weight"] = torch.zeros(8)
+    converted, _ = convert(None, tmp_path, state=state)
+    towers = [name.removeprefix("bbox_head.") for name in converted if name.startswith("bbox_head")]
+    names = ("cls_convs.{}.conv.weight", "cls_convs.{}.bn.weight", "cls_convs.{}.bn.running_mean")
+    names += ("reg_convs.{}.conv.bias", "reg_convs.{}.gn.weight")
+    assert towers == [name.format(i) for i in range(2) for name in names]

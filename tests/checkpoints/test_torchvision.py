@@ -7,7 +7,7 @@ from mmengine.registry import init_default_scope
 from torch import nn
 from torch.nn import functional as F
 
-from dcn_plugin import convert as make_deformable
+import dcn_plugin  # noqa: F401
 from dcn_plugin.layers import DCN, DCNv2
 from dcn_plugin.ops import reference
 
@@ -62,11 +62,7 @@ def built(config):
 def test_resnet(deformable, tmp_path):
     source = randomised(ResNet())
     state, text = convert(source, tmp_path)
-    target = built(BACKBONE)
-    if deformable:
-        state = {name: tensor for name, tensor in state.items()}
-        make_deformable(target, **deformable)
-    target = assert_loads(target, state)
+    target = assert_loads(built(BACKBONE | dict(deformable=deformable)), state)
     x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     assert_same(target(x), source(x))
     assert "left out, 2: fc.weight, fc.bias" in text and "offsets start at zero" in text
@@ -197,7 +193,7 @@ def state_of(**shapes):
 @pytest.mark.parametrize(
     "state, options, message",
     [
-        (state_of(conv=(4, 4, 3, 3), offset=(18, 4, 3, 3)), dict(offset_name="ofset"), "no module.*nearest: offset"),
+        (state_of(conv=(4, 4, 3, 3), offset=(18, 4, 3, 3)), dict(offset_name="offsets"), "no module.*nearest: offset"),
         (
             state_of(a=(4, 4, 3, 3), b=(4, 4, 3, 3), offset=(18, 4, 3, 3)),
             dict(offset_name="offset"),
