@@ -3,17 +3,18 @@
 import argparse
 import sys
 
-from .commands import inspect
+from .commands import convert_checkpoint, inspect
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m dcn_plugin", description="Deformable convolution for MMDetection.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     inspect.add_parser(commands)
+    convert_checkpoint.add_parser(commands)
     args = parser.parse_args(arguments)
     try:
         args.run(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

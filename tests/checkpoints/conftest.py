@@ -23,7 +23,7 @@ def randomised(module):
 
 def convert(module, tmp_path, *arguments, **options):
     """What the command makes of a module's state dict, and what it says."""
-    from dcn_plugin.checkpoints import convert_checkpoint
+    from dcn_plugin.commands.convert_checkpoint import convert_checkpoint
 
     torch.save(options.pop("state", None) or module.state_dict(), tmp_path / "in.pth")
     text = convert_checkpoint(tmp_path / "in.pth", tmp_path / "out.pth", *arguments, force=True, **options)

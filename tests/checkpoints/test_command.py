@@ -10,7 +10,7 @@ from mmengine.logging import HistoryBuffer
 from torch import nn
 
 from dcn_plugin.__main__ import main
-from dcn_plugin.checkpoints import convert_checkpoint
+from dcn_plugin.commands.convert_checkpoint import convert_checkpoint
 from dcn_plugin.layers import DCN, DCNv2
 
 from .conftest import assert_same, convert, randomised

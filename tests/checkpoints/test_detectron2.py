@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dcn_plugin  # noqa: F401
-from dcn_plugin.checkpoints import convert_checkpoint
+from dcn_plugin.commands.convert_checkpoint import convert_checkpoint
 from dcn_plugin.ops import reference
 
 from .conftest import assert_loads, assert_same, convert, randomised
