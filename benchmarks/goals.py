@@ -56,7 +56,7 @@ def figure(goal, case, results):
             return ours["peak_mib"] / rows[0]["threads"] if "peak_mib" in ours else None
         if over == "floor" or over == ours.get("floor"):
             return ours["ratio"][1] if "ratio" in ours else None
-        return ours["seconds"][1] / contenders[over]["seconds"][1] if over in contenders else None
+        return 1 / contenders[over]["to_ours"][1] if over in contenders else None
 
     if goal.over != "3x3":
         return ratio_over(goal.over, case)

@@ -60,4 +60,5 @@ def describe(device, threads):
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         found |= dict(gpu=properties.name, cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version())
+        found["tf32"] = torch.backends.cudnn.allow_tf32
     return found

@@ -137,7 +137,7 @@ def runnable(case, direction, device, threads):
 
 
 def measure(case, direction, device, threads, budget):
-    """The row of the JSON: of each contender, quartiles of its seconds and of its ratio to its floor, peak MiB."""
+    """The row of the JSON: quartiles of each contender's seconds and ratios to its floor and to ours, its peak MiB."""
     threads = case.threads or threads
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -152,6 +152,8 @@ def measure(case, direction, device, threads, budget):
         floor = contenders[name].floor
         if floor in samples and floor != name:
             found[name] |= dict(floor=floor, ratio=ratios(values, samples[floor]))
+        if name != "dcn_plugin" and "dcn_plugin" in samples:
+            found[name]["to_ours"] = ratios(values, samples["dcn_plugin"])
     if device == "cuda":
         peaks = {name: memory.cuda_peak(call) for name, call in calls.items()}
     else:

@@ -120,7 +120,7 @@ def machine_line(results):
     threads = f"{machine['threads']} threads on {machine['cores']} cores"
     where = f"{machine['processor']}, {machine['instruction_set']}, {threads}"
     if "gpu" in machine:
-        where = f"{machine['gpu']}, CUDA {machine['cuda']}, cuDNN {machine['cudnn']}"
+        where = f"{machine['gpu']}, CUDA {machine['cuda']}, cuDNN {machine['cudnn']}, TF32 {machine['tf32']}"
     return (
         f"{where}; Python {machine['python']}, torch {machine['torch']} ({machine['blas']}); peers: {peers}; "
         f"commit {machine['commit']}; load before the run {machine['load_before']}; {results['began'][:10]}; "

@@ -85,6 +85,7 @@ def test_peer_is_timed_only_where_its_result_is_ours(direction):
         assert reasons["inference"] == "inference only"
     assert row["contenders"]["dcn_plugin"]["floor"] == "dense"
     assert "ratio" not in row["contenders"]["dense"]
+    assert {name for name, found in row["contenders"].items() if "to_ours" in found} == expected - {"dcn_plugin"}
 
 
 def test_own_failure_is_an_error():
@@ -164,10 +165,11 @@ MACHINE = dict(
     processor="a processor", cores=2, threads=2, instruction_set="AVX9", python="3", torch="2", blas="mkl",
     commit="abc", load_before=0.5, peers=dict(mmcv="2.1.0"), absent=dict(torchvision="not there"),
 )  # fmt: skip
+MMCV = contender(0.2, 20, to_ours=[14, 16, 18])
 RESULTS = dict(
     name="made-up", device="cpu", command="python -m benchmarks", began="2026-01-02T03", seconds=120, machine=MACHINE,
     times=[
-        row("c3", dense=contender(0.01), dcn_plugin=contender(0.0125, 1.25, peak_mib=3.0), mmcv=contender(0.2, 20)),
+        row("c3", dense=contender(0.01), dcn_plugin=contender(0.0125, 1.25, peak_mib=3.0), mmcv=MMCV),
         row("c3", "forward+backward", dense=contender(0.03), dcn_plugin=contender(0.06, 2.0)),
         row("c4", dense=contender(0.01), dcn_plugin=contender(0.012, 1.2), skipped={"mmcv": "it broke"}),
         row("c4 1x1", dense=contender(0.01), dcn_plugin=contender(0.018, 1.8)),
