@@ -23,8 +23,11 @@ def processor():
 
 
 def git(*command):
-    root = Path(__file__).parent.parent
-    return subprocess.run(["git", "-C", root, *command], capture_output=True, text=True).stdout.strip()
+    try:
+        where = ["git", "-C", Path(__file__).parent.parent]
+        return subprocess.run([*where, *command], capture_output=True, text=True).stdout.strip()
+    except OSError:  # there is no git
+        return ""
 
 
 def commit():
