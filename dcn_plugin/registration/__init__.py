@@ -17,7 +17,7 @@ def _register(module: str, what: str, needs: tuple[str, ...]) -> None:
     try:
         import_module(f"{__name__}.{module}")
     except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and error.name in needs or needs[-1] in _broken:
+        if isinstance(error, ModuleNotFoundError) and error.name in needs or not _broken.isdisjoint(needs):
             return
         _broken.add(needs[-1])
         warnings.warn(
