@@ -3,9 +3,11 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(dcn_plugin, m) {
+  // `allow_tf32` lets the products of float32 tensors round their operands to TF32; the backward's, which are PyTorch's
+  // own, do so where PyTorch's are allowed to.
   m.def(
       "deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias, Tensor? mask, "
-      "int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
+      "int[2] stride, int[2] padding, int[2] dilation, bool allow_tf32=False) -> Tensor");
   // Gradients that are not needed, and that of an absent mask, come back empty. `deterministic` asks for bitwise
   // repeatable ones.
   m.def(

@@ -24,3 +24,12 @@ def no_default_scope():
         from mmengine.registry import DefaultScope
 
         DefaultScope._instance_dict.clear()
+
+
+@pytest.fixture
+def set_matmul_precision():
+    """Sets how PyTorch multiplies float32 matrices on CUDA ("ieee", "tf32"), until the test ends."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    yield lambda precision: setattr(matmul, "fp32_precision", precision)
+    matmul.fp32_precision = before

@@ -48,8 +48,8 @@ def main() -> int:
     print(f"{'kernel':<60} {'smem':>7}" + "".join(f"{'regs sm_' + a:>14}" for a in archs))
     for name, row in sorted(kernels.items()):
         print(f"{name:<60} {row['smem']:>7}" + "".join(f"{row.get(a, ''):>14}" for a in archs))
-    if spilling:
-        print(f"{len(spilling)} spill registers: " + "; ".join(spilling))
+    summary = f"{len(spilling)} spill registers: {'; '.join(spilling)}" if spilling else "none spills registers"
+    print(f"{len(kernels)} kernels, {summary}")
     return int(options.no_spills and bool(spilling))
 
 

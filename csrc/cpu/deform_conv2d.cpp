@@ -108,7 +108,8 @@ void run_forward(const Plan& plan, const DeformConv2dForward<T, Element>& kernel
 }
 
 Tensor forward(const Tensor& input, const Tensor& offset, const Tensor& weight, const std::optional<Tensor>& bias,
-               const std::optional<Tensor>& mask, IntList stride, IntList padding, IntList dilation) {
+               const std::optional<Tensor>& mask, IntList stride, IntList padding, IntList dilation,
+               bool /*allow_tf32: never*/) {
   const auto shape = checked_shape(input, offset, weight, bias, mask, stride, padding, dilation);
   const ScalarType type = input.scalar_type(), compute = compute_type(type);
   const MemoryFormat format = format_of(input);

@@ -47,11 +47,11 @@ ConvTensors prepare(const DeformConv2dShape& s, bool channels_last, const Tensor
 }
 
 Tensor forward(const Tensor& input, const Tensor& offset, const Tensor& weight, const std::optional<Tensor>& bias,
-               const std::optional<Tensor>& mask, IntList stride, IntList padding, IntList dilation) {
+               const std::optional<Tensor>& mask, IntList stride, IntList padding, IntList dilation, bool allow_tf32) {
   const auto s = checked_shape(input, offset, weight, bias, mask, stride, padding, dilation);
   const DeviceScope device(input);
   const ScalarType type = input.scalar_type();
-  const bool fused = fused_allowed() && fused_forward_takes(s, type);
+  const bool fused = fused_allowed() && fused_forward_takes(s, type, allow_tf32);
   const bool channels_last = fused || prefers_channels_last(input);
   const Tensor output =
       empty(input, {s.batch, s.out_channels, s.out_height, s.out_width}, type, format_of(channels_last));

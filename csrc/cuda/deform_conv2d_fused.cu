@@ -62,13 +62,13 @@ dim3 forward_grid(const DeformConv2dShape& s) {
 }
 
 // Calls body(tile) with the tile for the shape; false, and no call, if there is none.
-template <class Body>
+template <class T, class Body>
 bool choose_forward_tile(const DeformConv2dShape& s, const Body& body) {
   const int slots = most_slots(s);
   const int64_t limit = shared_limit();
   const auto take = [&]<class Tile>(Tile tile, int64_t least_blocks) {
     const dim3 grid = forward_grid<Tile>(s);
-    const bool fits = FusedForwardLayout<half_t, Tile>(slots).bytes <= limit && grid.y <= 65535;
+    const bool fits = FusedForwardLayout<T, Tile>(slots).bytes <= limit && grid.y <= 65535;
     if (!fits || int64_t(grid.x) * grid.y < least_blocks) return false;
     body(tile);
     return true;
@@ -123,13 +123,15 @@ int64_t weight_parts(const DeformConv2dShape& s, int64_t tiles) {
   return best;
 }
 
-bool takes(const DeformConv2dShape& s, ScalarType type) {
+bool is_16_bit(ScalarType type) { return type == ScalarType::Half || type == ScalarType::BFloat16; }
+
+// `vector` is the number of elements in 16 bytes.
+bool takes(const DeformConv2dShape& s, int64_t vector) {
   constexpr int64_t kMost = (int64_t(1) << 31) - 1024;  // rows and pixels are counted in 32 bits
-  const bool vectors = s.deform_group_channels() % kVectorChannels == 0 &&
-                       (depthwise(s) || (s.group_channels() % kVectorChannels == 0 &&
-                                         s.group_out_channels() % kVectorChannels == 0 && s.groups < 65536));
-  return (type == ScalarType::Half || type == ScalarType::BFloat16) && vectors && rows_of(s) < kMost &&
-         s.batch * s.height * s.width < kMost && s.taps() * s.channels < kMost;
+  const bool vectors =
+      s.deform_group_channels() % vector == 0 &&
+      (depthwise(s) || (s.group_channels() % vector == 0 && s.group_out_channels() % vector == 0 && s.groups < 65536));
+  return vectors && rows_of(s) < kMost && s.batch * s.height * s.width < kMost && s.taps() * s.channels < kMost;
 }
 
 // As the kernels' vectors need it; only a view into a tensor is not.
@@ -144,8 +146,8 @@ ConvTensors aligned(ConvTensors t) {
 }
 
 template <class Body>
-auto dispatch_16_bit(ScalarType type, const Body& body) {
-  return type == ScalarType::Half ? body(half_t()) : body(bfloat16_t());
+void dispatch_16_bit(ScalarType type, const Body& body) {
+  type == ScalarType::Half ? body(half_t()) : body(bfloat16_t());
 }
 
 // ---- Launches
@@ -157,17 +159,21 @@ FusedArgs<T> args_of(const ConvTensors& t) {
 }
 
 template <class T>
+void depthwise_forward(const DeviceScope& device, const ConvTensors& t, const Tensor& output) {
+  const DeformConv2dShape& s = t.shape;
+  const FusedForwardArgs<T> args{args_of<T>(t), data<T>(t.bias), data<T>(output)};
+  const int64_t tiles = divide_up(rows_of(s), kDepthwiseRows), slabs = divide_up(s.channels, kSlabChannels);
+  const dim3 grid(static_cast<unsigned>(tiles),
+                  static_cast<unsigned>(std::clamp<int64_t>(divide_up(2 * kWantedBlocks, tiles), 1, slabs)));
+  const size_t bytes = DepthwiseLayout(all_slots(s), args.sizes.taps, false).bytes;
+  device.launch(depthwise_forward_kernel<T>, {grid, kFusedThreads, bytes}, args);
+}
+
+template <class T>
 void forward(const DeviceScope& device, const ConvTensors& t, const Tensor& output) {
   const DeformConv2dShape& s = t.shape;
   const FusedForwardArgs<T> args{args_of<T>(t), data<T>(t.bias), data<T>(output)};
-  if (depthwise(s)) {
-    const int64_t tiles = divide_up(rows_of(s), kDepthwiseRows), slabs = divide_up(s.channels, kSlabChannels);
-    const dim3 grid(static_cast<unsigned>(tiles),
-                    static_cast<unsigned>(std::clamp<int64_t>(divide_up(2 * kWantedBlocks, tiles), 1, slabs)));
-    const size_t bytes = DepthwiseLayout(all_slots(s), args.sizes.taps, false).bytes;
-    return device.launch(depthwise_forward_kernel<T>, {grid, kFusedThreads, bytes}, args);
-  }
-  choose_forward_tile(s, [&]<class Tile>(Tile) {
+  choose_forward_tile<T>(s, [&]<class Tile>(Tile) {
     const size_t bytes = FusedForwardLayout<T, Tile>(most_slots(s)).bytes;
     device.launch(fused_forward_kernel<T, Tile>, {forward_grid<Tile>(s), kFusedThreads, bytes}, args);
   });
@@ -199,7 +205,7 @@ void backward_to_weight(const DeviceScope& device, const ConvTensors& t, const T
   const FusedArgs<T> args = args_of<T>(t);
   const int64_t count = grad_weight.numel();
   choose_weight_tile(s, [&]<class Tile>(Tile) {
-    const int64_t tiles_x = divide_up(args.sizes.chunks(), kWeightPanels);
+    const int64_t tiles_x = divide_up(args.sizes.chunks(kChunk<T>), kWeightPanels);
     const int64_t tiles_y = s.groups * divide_up(s.group_out_channels(), Tile::kRows);
     const int64_t part_rows =
         divide_up(divide_up(rows_of(s), weight_parts(s, tiles_x * tiles_y)), kWeightRows) * kWeightRows;
@@ -264,21 +270,26 @@ void backward(const DeviceScope& device, const ConvTensors& t, const Tensor& gra
 
 }  // namespace
 
-bool fused_forward_takes(const DeformConv2dShape& s, ScalarType type) {
-  if (!takes(s, type)) return false;
-  if (depthwise(s)) return DepthwiseLayout(all_slots(s), static_cast<int>(s.taps()), false).bytes <= shared_limit();
-  return choose_forward_tile(s, [](auto) {});
+bool fused_forward_takes(const DeformConv2dShape& s, ScalarType type, bool allow_tf32) {
+  if (is_16_bit(type) && takes(s, kVector<half_t>))
+    return depthwise(s) ? DepthwiseLayout(all_slots(s), static_cast<int>(s.taps()), false).bytes <= shared_limit()
+                        : choose_forward_tile<half_t>(s, [](auto) {});
+  return type == ScalarType::Float && allow_tf32 && !depthwise(s) && takes(s, kVector<float>) &&
+         choose_forward_tile<float>(s, [](auto) {});
 }
 
 bool fused_backward_takes(const DeformConv2dShape& s, ScalarType type) {
-  if (!takes(s, type)) return false;
+  if (!is_16_bit(type) || !takes(s, kVector<half_t>)) return false;
   if (depthwise(s)) return DepthwiseLayout(all_slots(s), static_cast<int>(s.taps()), true).bytes <= shared_limit();
   return choose_backward_tile(s, [](auto) {}) && choose_weight_tile(s, [](auto) {});
 }
 
 void fused_forward(const DeviceScope& device, const ConvTensors& tensors, const Tensor& output) {
   const ConvTensors t = aligned(tensors);
-  dispatch_16_bit(t.type(), [&]<class T>(T) { forward<T>(device, t, output); });
+  if (t.type() == ScalarType::Float) return forward<float>(device, t, output);
+  dispatch_16_bit(t.type(), [&]<class T>(T) {
+    depthwise(t.shape) ? depthwise_forward<T>(device, t, output) : forward<T>(device, t, output);
+  });
 }
 
 void fused_backward(const DeviceScope& device, const ConvTensors& tensors, const Tensor& grad_output,

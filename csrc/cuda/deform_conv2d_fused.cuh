@@ -2,7 +2,8 @@
 // multiplies it there on tensor cores, so that the column matrix never reaches device memory. What the fused kernels
 // share: the order in which they walk positions and depth, the table of samples, and the gather.
 //
-// Tensors are channels last, (N, H, W, C), and weights (Co, kh, kw, C / groups); a vector is 8 neighbouring channels.
+// Tensors are channels last, (N, H, W, C), and weights (Co, kh, kw, C / groups); a vector is 16 bytes of neighbouring
+// channels, and a chunk of the depth 8 vectors. Elements have 16 bits, or 32 where products may round them to TF32.
 //
 // Rows are output positions of all images, numbered down strips of 8 map rows, so that any run of neighbours is a
 // compact patch whose samples overlap. The depth, taps x channels of a group, is walked in slabs of 64 channels and
@@ -15,8 +16,11 @@
 namespace dcn::cuda {
 
 constexpr int kFusedThreads = 256, kFusedWarps = kFusedThreads / 32;
-constexpr int kVectorChannels = 8;
-constexpr int kChunkDepth = 64, kChunkVectors = kChunkDepth / kVectorChannels;  // a chunk is a panel wide
+template <class T>
+constexpr int kVector = 16 / sizeof(T);
+constexpr int kChunkVectors = 8;  // a chunk is a panel wide
+template <class T>
+constexpr int kChunk = kChunkVectors * kVector<T>;
 constexpr int kStripRows = 8;
 // A thread gathers one vector of a chunk in every 32nd row of a tile.
 constexpr int kGatherRows = kFusedThreads / kChunkVectors;
@@ -41,9 +45,9 @@ struct FusedSizes {
     return (group * channels + channels - 1) / deform_channels - first_deform_group(group) + 1;
   }
   // Chunks of the depth.
-  __host__ __device__ int chunks() const {
-    const int rest = channels % kChunkDepth;
-    return channels / kChunkDepth * taps + (rest * taps + kChunkDepth - 1) / kChunkDepth;
+  __host__ __device__ int chunks(int chunk) const {
+    const int rest = channels % chunk;
+    return channels / chunk * taps + (rest * taps + chunk - 1) / chunk;
   }
 };
 
@@ -124,12 +128,13 @@ DCN_DEVICE void fill_table(const FusedArgs<T>& args, int first_row, int first_sl
 
 // One vector of each chunk in turn. All vectors of a slab that is 64 channels wide share a tap in each chunk; a
 // narrower slab packs several taps into a chunk.
+template <class T>
 class DepthCursor {
  public:
   __device__ DepthCursor(const FusedSizes& sizes, int vector, int first_chunk = 0) : sizes_(sizes), vector_(vector) {
-    const int slab = min(first_chunk / sizes.taps, sizes.channels / kChunkDepth);
+    const int slab = min(first_chunk / sizes.taps, sizes.channels / kChunk<T>);
     chunk_ = first_chunk - slab * sizes.taps;
-    enter(slab * kChunkDepth);
+    enter(slab * kChunk<T>);
   }
 
   __device__ bool valid() const { return width_ > 0 && tap_ < sizes_.taps; }
@@ -138,23 +143,23 @@ class DepthCursor {
   __device__ int depth() const { return tap_ * sizes_.channels + channel(); }
   __device__ int slab() const { return slab_; }
   // All vectors of the chunk have one tap.
-  __device__ bool whole() const { return width_ == kChunkDepth; }
+  __device__ bool whole() const { return width_ == kChunk<T>; }
 
   __device__ void advance() {
-    if (++chunk_ * kChunkDepth >= width_ * sizes_.taps) {
+    if (++chunk_ * kChunk<T> >= width_ * sizes_.taps) {
       chunk_ = 0;
-      enter(slab_ + kChunkDepth);
+      enter(slab_ + kChunk<T>);
     } else {
-      move(kChunkDepth);
+      move(kChunk<T>);
     }
   }
 
  private:
   __device__ void enter(int slab) {
     slab_ = slab;
-    width_ = max(0, min(kChunkDepth, sizes_.channels - slab));
+    width_ = max(0, min(kChunk<T>, sizes_.channels - slab));
     tap_ = channel_ = 0;
-    move(chunk_ * kChunkDepth + vector_ * kVectorChannels);
+    move(chunk_ * kChunk<T> + vector_ * kVector<T>);
   }
   // Seldom more than one step, so no division.
   __device__ void move(int by) {
@@ -171,7 +176,7 @@ class DepthCursor {
 // ---- The gather
 
 template <class T>
-using Corners = Vec<Vec<T, kVectorChannels>, 4>;
+using Corners = Vec<Vec<T, kVector<T>>, 4>;
 
 // `map` points at the vector's first channel.
 template <class T>
@@ -188,27 +193,26 @@ DCN_DEVICE Corners<T> load_corners(const Vec<int32_t, 4>& pixel, const T* map, i
 }
 
 template <class T>
-DCN_DEVICE Vec<float, kVectorChannels> interpolate(const Corners<T>& corners, const Vec<float, 4>& weight) {
-  Vec<float, kVectorChannels> sum = {};
+DCN_DEVICE Vec<float, kVector<T>> interpolate(const Corners<T>& corners, const Vec<float, 4>& weight) {
+  Vec<float, kVector<T>> sum = {};
 #pragma unroll
   for (int i = 0; i < 4; ++i)
 #pragma unroll
-    for (int v = 0; v < kVectorChannels; ++v) sum.lane[v] += weight.lane[i] * widen(corners.lane[i].lane[v]);
+    for (int v = 0; v < kVector<T>; ++v) sum.lane[v] += weight.lane[i] * widen(corners.lane[i].lane[v]);
   return sum;
 }
 
-// As 16 bytes of 16-bit elements.
+// Rounds to what is multiplied: 16 bits, or TF32.
 template <class T>
-DCN_DEVICE Vec<uint32_t, 4> pack(const Vec<float, kVectorChannels>& x) {
+DCN_DEVICE void store_rounded(T* to, const Vec<float, kVector<T>>& x) {
   Vec<uint32_t, 4> bits;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) bits.lane[i] = pack<T>(x.lane[2 * i], x.lane[2 * i + 1]);
-  return bits;
-}
-
-template <class T>
-DCN_DEVICE void store_packed(T* shared, const Vec<float, kVectorChannels>& x) {
-  store(reinterpret_cast<uint32_t*>(shared), pack<T>(x));
+  for (int i = 0; i < 4; ++i)
+    if constexpr (sizeof(T) == 4)
+      bits.lane[i] = round_to_tf32(x.lane[i]);
+    else
+      bits.lane[i] = pack<T>(x.lane[2 * i], x.lane[2 * i + 1]);
+  store(reinterpret_cast<uint32_t*>(to), bits);
 }
 
 // ---- Tiles

@@ -1,12 +1,13 @@
-// Deformable convolution without a column matrix, for float16 and bfloat16: see deform_conv2d_fused.cuh.
+// Deformable convolution without a column matrix, on tensor cores: see deform_conv2d_fused.cuh.
 #pragma once
 #include "deform_conv2d.h"
 
 namespace dcn::cuda {
 
-// The rule: whether the fused kernels take a convolution, by its dtype, divisibility by vectors, sizes and the shared
-// memory of the current device. The columns take everything else.
-bool fused_forward_takes(const DeformConv2dShape& s, ScalarType type);
+// The rule: whether the fused kernels take a convolution, by its dtype (float16 and bfloat16; in the forward float32
+// too, where TF32 is allowed), divisibility by vectors, sizes and the shared memory of the current device. The columns
+// take everything else.
+bool fused_forward_takes(const DeformConv2dShape& s, ScalarType type, bool allow_tf32);
 bool fused_backward_takes(const DeformConv2dShape& s, ScalarType type);
 
 // All tensors but offset and mask are channels last: contiguous input in another layout costs a copy of it, far less

@@ -15,10 +15,10 @@ namespace dcn::cuda {
 // rows x 64 of the columns' gradient.
 template <class T, class Tile>
 struct FusedBackwardLayout : SharedLayout {
-  static constexpr int kStride = kChunkDepth + 8;  // of a row of products: no bank conflicts when they are stored
+  static constexpr int kStride = kChunk<T> + 8;  // of a row of products: no bank conflicts when they are stored
   __host__ __device__ FusedBackwardLayout(int outs, int slots)
       : grad_output(take<T>((outs + 63) / 64 * Tile::kRows * 64)),
-        weights(take<T>((outs + 15) / 16 * 16 * kChunkDepth)),
+        weights(take<T>((outs + 15) / 16 * 16 * kChunk<T>)),
         products(take<float>(Tile::kRows * kStride)),
         index(take<int32_t>(Tile::kRows)),
         table(take<TableEntry>(slots * Tile::kRows)),
@@ -47,25 +47,25 @@ __global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks) fused_backward_k
   __syncthreads();
 
   const int vector = threadIdx.x % kChunkVectors, thread_row = threadIdx.x / kChunkVectors;
-  const int padded_outs = (sizes.outs + 15) / 16 * 16, chunks = sizes.chunks();
+  const int padded_outs = (sizes.outs + 15) / 16 * 16, chunks = sizes.chunks(kChunk<T>);
   for (int group = 0; group < groups; ++group) {
     const int first_out = group * sizes.outs;
     const T* const group_weights = args.weight + static_cast<int64_t>(first_out) * sizes.channels * sizes.taps;
-    const auto load_weights = [&](const DepthCursor& cursor) {
+    const auto load_weights = [&](const DepthCursor<T>& cursor) {
       for (int out = thread_row; out < padded_outs; out += kGatherRows)
         cp_async(weights.at(out, vector),
                  group_weights + static_cast<int64_t>(out) * sizes.channels * sizes.taps + cursor.depth(),
                  cursor.valid() && out < sizes.outs);
       cp_async_commit();
     };
-    DepthCursor cursor(sizes, vector);
-    for (int i = vector; i < padded_outs / kVectorChannels; i += kChunkVectors)
+    DepthCursor<T> cursor(sizes, vector);
+    for (int i = vector; i < padded_outs / kVector<T>; i += kChunkVectors)
 #pragma unroll
       for (int row = thread_row; row < Tile::kRows; row += kGatherRows)
-        cp_async(grad_output.at(row, i),
-                 args.grad_output + static_cast<int64_t>(index[row]) * args.shape.out_channels + first_out +
-                     i * kVectorChannels,
-                 index[row] >= 0 && i * kVectorChannels < sizes.outs);
+        cp_async(
+            grad_output.at(row, i),
+            args.grad_output + static_cast<int64_t>(index[row]) * args.shape.out_channels + first_out + i * kVector<T>,
+            index[row] >= 0 && i * kVector<T> < sizes.outs);
     load_weights(cursor);
 
     for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -73,21 +73,22 @@ __global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks) fused_backward_k
       __syncthreads();
       typename Tile::Sum sum = {};
       for (int depth = 0; depth < padded_outs; depth += 16)
-        multiply_step<false, true>(sum, grad_output, weights, Tile::warp_row(), Tile::warp_column(), depth, [] {});
+        multiply_step<false, true>(sum, grad_output, weights, Tile::warp_row(), Tile::warp_column(), depth / kVector<T>,
+                                   depth, [] {});
       for_each_pair(sum, Tile::warp_row(), Tile::warp_column(), [&](int row, int column, float low, float high) {
         store(products + row * Layout::kStride + column, Vec<float, 2>{{low, high}});
       });
       __syncthreads();
 
       // The next weights arrive while this chunk is scattered.
-      const DepthCursor current = cursor;
+      const DepthCursor<T> current = cursor;
       cursor.advance();
       if (chunk + 1 < chunks) load_weights(cursor);
 
       const int channel = group * sizes.channels + current.channel(), slab = group * sizes.channels + current.slab();
       const int slot = current.valid() ? channel / sizes.deform_channels * sizes.taps + current.tap() : -1;
       const bool whole =
-          current.whole() && slab / sizes.deform_channels == (slab + kChunkDepth - 1) / sizes.deform_channels;
+          current.whole() && slab / sizes.deform_channels == (slab + kChunk<T> - 1) / sizes.deform_channels;
       const T* const map = args.input + channel;
       float* const grad_map = args.grad_input ? args.grad_input + channel : nullptr;
 #pragma unroll 2
@@ -96,8 +97,8 @@ __global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks) fused_backward_k
         const TableEntry entry = at < 0 ? no_entry() : table[at];
         const auto corners = load_corners(entry.pixel, map, sizes.map_channels);
         float dot[4] = {};
-        Vec<float, kVectorChannels> grad;
-        const float* const product = products + row * Layout::kStride + vector * kVectorChannels;
+        Vec<float, kVector<T>> grad;
+        const float* const product = products + row * Layout::kStride + vector * kVector<T>;
         const auto low = load<4>(product), high = load<4>(product + 4);
 #pragma unroll
         for (int v = 0; v < 4; ++v) grad.lane[v] = low.lane[v], grad.lane[4 + v] = high.lane[v];

@@ -39,8 +39,8 @@ DCN_DEVICE void load_slab_weights(const FusedArgs<T>& args, int slab, float* wei
   }
 }
 
-DCN_DEVICE Vec<float, kVectorChannels> load_eight(const float* shared) {
-  Vec<float, kVectorChannels> x;
+DCN_DEVICE Vec<float, 8> load_eight(const float* shared) {
+  Vec<float, 8> x;
   const auto low = load<4>(shared), high = load<4>(shared + 4);
 #pragma unroll
   for (int i = 0; i < 4; ++i) x.lane[i] = low.lane[i], x.lane[4 + i] = high.lane[i];
@@ -65,19 +65,19 @@ __global__ void __launch_bounds__(kFusedThreads, 2) depthwise_forward_kernel(Fus
     __syncthreads();
     load_slab_weights(args, slab, weights);
     __syncthreads();
-    const int channel = slab + vector * kVectorChannels;
+    const int channel = slab + vector * kVector<T>;
     if (channel >= sizes.map_channels) continue;
     const TableEntry* entries = table + channel / sizes.deform_channels * sizes.taps * kDepthwiseRows + thread_row;
-    Vec<float, kVectorChannels> sum[kDepthwiseItems] = {};
+    Vec<float, kVector<T>> sum[kDepthwiseItems] = {};
     for (int tap = 0; tap < sizes.taps; ++tap, entries += kDepthwiseRows) {
-      const auto weight = load_eight(weights + tap * kSlabChannels + vector * kVectorChannels);
+      const auto weight = load_eight(weights + tap * kSlabChannels + vector * kVector<T>);
 #pragma unroll
       for (int item = 0; item < kDepthwiseItems; ++item) {
         const TableEntry& entry = entries[item * kGatherRows];
         const auto value =
             interpolate(load_corners(entry.pixel, args.input + channel, sizes.map_channels), entry.weight);
 #pragma unroll
-        for (int v = 0; v < kVectorChannels; ++v) sum[item].lane[v] += weight.lane[v] * value.lane[v];
+        for (int v = 0; v < kVector<T>; ++v) sum[item].lane[v] += weight.lane[v] * value.lane[v];
       }
     }
 #pragma unroll
@@ -85,9 +85,9 @@ __global__ void __launch_bounds__(kFusedThreads, 2) depthwise_forward_kernel(Fus
       const int at = index[item * kGatherRows + thread_row];
       if (at < 0) continue;
 #pragma unroll
-      for (int v = 0; v < kVectorChannels; ++v)
+      for (int v = 0; v < kVector<T>; ++v)
         if (args.bias) sum[item].lane[v] += widen(args.bias[channel + v]);
-      store_packed(args.output + static_cast<int64_t>(at) * sizes.map_channels + channel, sum[item]);
+      store_rounded(args.output + static_cast<int64_t>(at) * sizes.map_channels + channel, sum[item]);
     }
   }
 }
@@ -114,30 +114,30 @@ __global__ void __launch_bounds__(kFusedThreads, 2) depthwise_backward_kernel(Fu
     __syncthreads();
     load_slab_weights(args, slab, weights);
     __syncthreads();
-    const int channel = slab + vector * kVectorChannels, last = slab + kSlabChannels - 1;
+    const int channel = slab + vector * kVector<T>, last = slab + kSlabChannels - 1;
     const bool valid = channel < sizes.map_channels;
     const bool whole = last < sizes.map_channels && slab / sizes.deform_channels == last / sizes.deform_channels;
     const int first_slot = channel / sizes.deform_channels * sizes.taps;
-    Vec<T, kVectorChannels> grad_output[kDepthwiseItems] = {};
+    Vec<T, kVector<T>> grad_output[kDepthwiseItems] = {};
 #pragma unroll
     for (int item = 0; item < kDepthwiseItems; ++item) {
       const int at = index[item * kGatherRows + thread_row];
       if (valid && at >= 0)
         grad_output[item] =
-            load<kVectorChannels>(args.grad_output + static_cast<int64_t>(at) * sizes.map_channels + channel);
+            load<kVector<T>>(args.grad_output + static_cast<int64_t>(at) * sizes.map_channels + channel);
     }
     for (int tap = 0; tap < sizes.taps; ++tap) {
-      const auto weight = load_eight(weights + tap * kSlabChannels + vector * kVectorChannels);
-      Vec<float, kVectorChannels> grad_weight = {};
+      const auto weight = load_eight(weights + tap * kSlabChannels + vector * kVector<T>);
+      Vec<float, kVector<T>> grad_weight = {};
 #pragma unroll
       for (int item = 0; item < kDepthwiseItems; ++item) {
         const int at = valid ? (first_slot + tap) * kDepthwiseRows + item * kGatherRows + thread_row : -1;
         const TableEntry entry = at < 0 ? no_entry() : table[at];
         const auto corners = load_corners(entry.pixel, args.input + (valid ? channel : 0), sizes.map_channels);
         const auto value = interpolate(corners, entry.weight);
-        Vec<float, kVectorChannels> grad;
+        Vec<float, kVector<T>> grad;
 #pragma unroll
-        for (int v = 0; v < kVectorChannels; ++v) {
+        for (int v = 0; v < kVector<T>; ++v) {
           const float g = widen(grad_output[item].lane[v]);
           grad.lane[v] = g * weight.lane[v];
           grad_weight.lane[v] += g * value.lane[v];
@@ -149,14 +149,14 @@ __global__ void __launch_bounds__(kFusedThreads, 2) depthwise_backward_kernel(Fu
       if (!sums) continue;
       // The four rows of the warp; then the warps, below.
 #pragma unroll
-      for (int v = 0; v < kVectorChannels; ++v) {
+      for (int v = 0; v < kVector<T>; ++v) {
         grad_weight.lane[v] += __shfl_xor_sync(kFullWarp, grad_weight.lane[v], 8);
         grad_weight.lane[v] += __shfl_xor_sync(kFullWarp, grad_weight.lane[v], 16);
       }
-      float* const share = shares + (warp * sizes.taps + tap) * kSlabChannels + vector * kVectorChannels;
+      float* const share = shares + (warp * sizes.taps + tap) * kSlabChannels + vector * kVector<T>;
       if (lane < kChunkVectors)
 #pragma unroll
-        for (int v = 0; v < kVectorChannels; ++v) share[v] = grad_weight.lane[v];
+        for (int v = 0; v < kVector<T>; ++v) share[v] = grad_weight.lane[v];
     }
     if (!sums) continue;
     __syncthreads();

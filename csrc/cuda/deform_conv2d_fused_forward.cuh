@@ -20,7 +20,7 @@ struct FusedForwardArgs : FusedArgs<T> {
 
 template <class T, class Tile>
 struct FusedForwardLayout : SharedLayout {
-  static constexpr int kColumnsSize = Tile::kRows * kChunkDepth, kWeightsSize = Tile::kColumns * kChunkDepth;
+  static constexpr int kColumnsSize = Tile::kRows * kChunk<T>, kWeightsSize = Tile::kColumns * kChunk<T>;
   explicit __host__ __device__ FusedForwardLayout(int slots)
       : columns(take<T>(2 * kColumnsSize)),
         weights(take<T>(2 * kWeightsSize)),
@@ -59,8 +59,8 @@ __global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks) fused_forward_ke
   __syncthreads();
 
   const int vector = threadIdx.x % kChunkVectors, thread_row = threadIdx.x / kChunkVectors;
-  const int chunks = sizes.chunks();
-  DepthCursor cursor(sizes, vector);
+  const int chunks = sizes.chunks(kChunk<T>);
+  DepthCursor<T> cursor(sizes, vector);
 
   const int outs_left = sizes.outs - first_out - thread_row, weight_depth = sizes.channels * sizes.taps;
   const T* const first_weight =
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks) fused_forward_ke
   };
   const auto put = [&](const Source& from, int stage, int row, const Corners<T>& corners) {
     const Vec<float, 4> weight = from.entry < 0 ? no_entry().weight : table[from.entry + row].weight;
-    store_packed(columns(stage).at(row + thread_row, vector), interpolate(corners, weight));
+    store_rounded(columns(stage).at(row + thread_row, vector), interpolate(corners, weight));
   };
 
   Source from = source();
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks) fused_forward_ke
 
   // A chunk's product is eight half-steps. At even intervals among them a vector's corners are loaded, and interpolated
   // and stored before the next one's.
-  constexpr int kSteps = kChunkDepth / 16, kItems = Tile::kRows / kGatherRows, kInterval = 2 * kSteps / kItems;
+  constexpr int kSteps = kChunkVectors / 2, kItems = Tile::kRows / kGatherRows, kInterval = 2 * kSteps / kItems;
   typename Tile::Sum sum = {};
   for (int chunk = 0; chunk < chunks; ++chunk) {
     const int stage = chunk % 2;
@@ -120,8 +120,8 @@ __global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks) fused_forward_ke
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       gather(2 * step);
-      multiply_step<false, false>(sum, columns(stage), weights(stage), Tile::warp_row(), Tile::warp_column(), 16 * step,
-                                  [&] { gather(2 * step + 1); });
+      multiply_step<false, false>(sum, columns(stage), weights(stage), Tile::warp_row(), Tile::warp_column(), 2 * step,
+                                  2 * step, [&] { gather(2 * step + 1); });
     }
     gather(2 * kSteps);
     cp_async_wait<0>();
@@ -134,16 +134,15 @@ __global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks) fused_forward_ke
       const auto bias = load<2>(args.bias + group * sizes.outs + out);
       low += widen(bias.lane[0]), high += widen(bias.lane[1]);
     }
-    store(reinterpret_cast<uint32_t*>(columns(0).at(row, column / 8) + column % 8),
-          Vec<uint32_t, 1>{pack<T>(low, high)});
+    store(columns(0).at(row, column / kVector<T>) + column % kVector<T>, Vec<T, 2>{{narrow<T>(low), narrow<T>(high)}});
   });
   __syncthreads();
-  constexpr int kRowVectors = Tile::kColumns / kVectorChannels;
+  constexpr int kRowVectors = Tile::kColumns / kVector<T>;
   for (int i = threadIdx.x; i < Tile::kRows * kRowVectors; i += kFusedThreads) {
-    const int row = i / kRowVectors, column = i % kRowVectors, out = first_out + column * kVectorChannels;
+    const int row = i / kRowVectors, column = i % kRowVectors, out = first_out + column * kVector<T>;
     if (index[row] >= 0 && out < sizes.outs)
       store(args.output + index[row] * s.out_channels + group * sizes.outs + out,
-            load<kVectorChannels>(columns(0).at(row, column)));
+            load<kVector<T>>(columns(0).at(row, column)));
   }
 }
 

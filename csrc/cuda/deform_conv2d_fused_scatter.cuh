@@ -13,16 +13,16 @@ struct FusedBackwardArgs : FusedArgs<T> {
 
 // Adds the shares of a vector's gradient to grad_input, and the gradient's products with the corners to dot.
 template <class T>
-DCN_DEVICE void scatter(const TableEntry& entry, const Corners<T>& corners, const Vec<float, kVectorChannels>& grad,
+DCN_DEVICE void scatter(const TableEntry& entry, const Corners<T>& corners, const Vec<float, kVector<T>>& grad,
                         float* grad_map, int channels, float (&dot)[4]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
 #pragma unroll
-    for (int v = 0; v < kVectorChannels; ++v) dot[i] += grad.lane[v] * widen(corners.lane[i].lane[v]);
+    for (int v = 0; v < kVector<T>; ++v) dot[i] += grad.lane[v] * widen(corners.lane[i].lane[v]);
     if (!grad_map || entry.pixel.lane[i] < 0) continue;
-    Vec<float, kVectorChannels> share;
+    Vec<float, kVector<T>> share;
 #pragma unroll
-    for (int v = 0; v < kVectorChannels; ++v) share.lane[v] = entry.weight.lane[i] * grad.lane[v];
+    for (int v = 0; v < kVector<T>; ++v) share.lane[v] = entry.weight.lane[i] * grad.lane[v];
     atomic_add(grad_map + static_cast<int64_t>(entry.pixel.lane[i]) * channels, share);
   }
 }

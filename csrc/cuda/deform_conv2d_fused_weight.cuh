@@ -23,7 +23,8 @@ constexpr int kWeightRows = 64, kWeightPanels = 2, kWeightVectors = kWeightPanel
 
 // Different slots among a block's vectors.
 inline int weight_tile_slots(const DeformConv2dShape& s) {
-  const bool whole = s.group_channels() % kChunkDepth == 0 && s.deform_group_channels() % kChunkDepth == 0;
+  constexpr int kDepth = kChunk<half_t>;
+  const bool whole = s.group_channels() % kDepth == 0 && s.deform_group_channels() % kDepth == 0;
   return whole ? kWeightPanels : kWeightVectors;
 }
 
@@ -45,7 +46,7 @@ struct FusedWeightLayout : SharedLayout {
 template <class T, class Tile>
 __global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks)
     fused_weight_kernel(FusedWeightArgs<T> args, int table_slots) {
-  static_assert(Tile::kColumns == kWeightPanels * kChunkDepth);
+  static_assert(Tile::kColumns == kWeightPanels * kChunk<T>);
   const FusedSizes& sizes = args.sizes;
   const int out_tiles = (sizes.outs + Tile::kRows - 1) / Tile::kRows;
   const int group = blockIdx.y / out_tiles, first_out = (blockIdx.y - group * out_tiles) * Tile::kRows;
@@ -68,8 +69,8 @@ __global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks)
   };
 
   if (threadIdx.x < kWeightVectors) {
-    const DepthCursor cursor(sizes, threadIdx.x % kChunkVectors,
-                             blockIdx.x * kWeightPanels + threadIdx.x / kChunkVectors);
+    const DepthCursor<T> cursor(sizes, threadIdx.x % kChunkVectors,
+                                blockIdx.x * kWeightPanels + threadIdx.x / kChunkVectors);
     const int channel = group * sizes.channels + cursor.channel();
     vector_slot[threadIdx.x] = cursor.valid() ? channel / sizes.deform_channels * sizes.taps + cursor.tap() : -1;
     vector_depth[threadIdx.x] = cursor.valid() ? cursor.depth() : -1;
@@ -101,10 +102,10 @@ __global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks)
   };
   const auto load_grad_output = [&](int stage) {
 #pragma unroll 1  // unrolled, its addresses take registers that the sum needs
-    for (int i = vector; i < Tile::kRows / kVectorChannels; i += kChunkVectors)
+    for (int i = vector; i < Tile::kRows / kVector<T>; i += kChunkVectors)
 #pragma unroll
       for (int row = thread_row; row < kWeightRows; row += kGatherRows) {
-        const int out = first_out + i * kVectorChannels, at = index(stage)[row];
+        const int out = first_out + i * kVector<T>, at = index(stage)[row];
         cp_async(grad_output(stage).at(row, i),
                  args.grad_output + static_cast<int64_t>(at) * args.shape.out_channels + group * sizes.outs + out,
                  at >= 0 && out < sizes.outs);
@@ -123,8 +124,8 @@ __global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks)
     return load_corners(entry_of(item, stage).pixel, args.input + channel, sizes.map_channels);
   };
   const auto put = [&](int item, int stage, const Corners<T>& corners) {
-    store_packed(columns(stage).at(item / 2 * kGatherRows + thread_row, item % 2 * kChunkVectors + vector),
-                 interpolate(corners, entry_of(item, stage).weight));
+    store_rounded(columns(stage).at(item / 2 * kGatherRows + thread_row, item % 2 * kChunkVectors + vector),
+                  interpolate(corners, entry_of(item, stage).weight));
   };
 
   fill(0, first_row);
@@ -144,7 +145,7 @@ __global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks)
     for (int step = 0; step < kSteps; ++step) {
       const Corners<T> corners = fetch(step, stage ^ 1);
       multiply_step<true, true>(sum, grad_output(stage), columns(stage), Tile::warp_row(), Tile::warp_column(),
-                                16 * step, [] {});
+                                16 * step, 16 * step, [] {});
       put(step, stage ^ 1, corners);
     }
     fill(stage, row + 2 * kWeightRows);
@@ -156,9 +157,9 @@ __global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks)
   float* const sums =
       args.sums + (blockIdx.z * args.shape.out_channels + group * sizes.outs + first_out) * weight_depth;
   for_each_pair(sum, Tile::warp_row(), Tile::warp_column(), [&](int out, int column, float low, float high) {
-    const int depth = vector_depth[column / kVectorChannels];
+    const int depth = vector_depth[column / kVector<T>];
     if (first_out + out < sizes.outs && depth >= 0)
-      store(sums + out * weight_depth + depth + column % kVectorChannels, Vec<float, 2>{{low, high}});
+      store(sums + out * weight_depth + depth + column % kVector<T>, Vec<float, 2>{{low, high}});
   });
 }
 

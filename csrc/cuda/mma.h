@@ -68,7 +68,7 @@ __attribute__((noinline, no_sanitize("thread"))) void cp_async_wait() {
 
 #endif
 
-// ---- Fragments: a warp's share of a matrix in registers, two 16-bit elements in each
+// ---- Fragments: a warp's share of a matrix in registers, two 16-bit elements or one of 32 bits in each
 
 template <class T>
 DCN_DEVICE uint32_t pack(float low, float high) {
@@ -104,24 +104,46 @@ DCN_DEVICE Vec<uint32_t, 4> load_matrices(const void* row) {
   return r;
 }
 
-// d (16 x 8) += a (16 x 16) * b (16 x 8), all spread over the warp.
+// d (16 x 8) += a * b, all spread over the warp: 16 of the depth for 16-bit elements, 8 for TF32 ones, which float's
+// are taken for.
 template <class T>
 DCN_DEVICE void multiply_add(float (&d)[4], const Vec<uint32_t, 4>& a, uint32_t b0, uint32_t b1) {
+#define DCN_MMA(SHAPE, TYPE)                                                          \
+  asm volatile("mma.sync.aligned." SHAPE ".row.col.f32." TYPE "." TYPE                \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                       \
+               : "r"(a.lane[0]), "r"(a.lane[1]), "r"(a.lane[2]), "r"(a.lane[3]), "r"(b0), "r"(b1))
   if constexpr (std::is_same_v<T, half_t>)
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a.lane[0]), "r"(a.lane[1]), "r"(a.lane[2]), "r"(a.lane[3]), "r"(b0), "r"(b1));
+    DCN_MMA("m16n8k16", "f16");
+  else if constexpr (std::is_same_v<T, bfloat16_t>)
+    DCN_MMA("m16n8k16", "bf16");
   else
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a.lane[0]), "r"(a.lane[1]), "r"(a.lane[2]), "r"(a.lane[3]), "r"(b0), "r"(b1));
+    DCN_MMA("m16n8k8", "tf32");
+#undef DCN_MMA
+}
+
+DCN_DEVICE uint32_t round_to_tf32(float x) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return bits;
 }
 
 #else
+
+inline uint32_t round_to_tf32(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  return std::isfinite(x) ? (bits + 0x1000) & ~0x1fffu : bits;
+}
+
+// What the tensor cores take of an element: of a float the bits of TF32.
+template <class T>
+float multiplicand(T x) {
+  return widen(x);
+}
+template <>
+inline float multiplicand(float x) {
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(x) & ~0x1fffu);
+}
 
 template <bool transposed>
 Vec<uint32_t, 4> load_matrices(const void* row, CudaHostSite site = CudaHostSite::current()) {
@@ -141,8 +163,9 @@ Vec<uint32_t, 4> load_matrices(const void* row, CudaHostSite site = CudaHostSite
 template <class T>
 void multiply_add(float (&d)[4], const Vec<uint32_t, 4>& a, uint32_t b0, uint32_t b1,
                   CudaHostSite site = CudaHostSite::current()) {
+  constexpr unsigned kElements = 4 / sizeof(T);  // of a register
   struct Operands {
-    T a[4][2], b[2][2];
+    T a[4][kElements], b[2][kElements];
   } mine;
   memcpy(mine.a, a.lane, sizeof mine.a);
   memcpy(mine.b[0], &b0, sizeof b0);
@@ -151,9 +174,11 @@ void multiply_add(float (&d)[4], const Vec<uint32_t, 4>& a, uint32_t b0, uint32_
   const unsigned lane = cuda_host::lane();
   for (unsigned i = 0; i < 4; ++i) {
     const unsigned row = lane / 4, column = lane % 4 * 2 + i % 2;
-    for (unsigned k = 0; k < 16; ++k)
-      d[i] += widen(all[row * 4 + k % 8 / 2].a[i / 2 + k / 8 * 2][k % 2]) *
-              widen(all[column * 4 + k % 8 / 2].b[k / 8][k % 2]);
+    for (unsigned k = 0; k < 8 * kElements; ++k) {
+      const unsigned half = k / (4 * kElements), neighbour = k / kElements % 4, element = k % kElements;
+      d[i] += multiplicand(all[row * 4 + neighbour].a[i / 2 + half * 2][element]) *
+              multiplicand(all[column * 4 + neighbour].b[half][element]);
+    }
   }
 }
 
@@ -161,18 +186,17 @@ void multiply_add(float (&d)[4], const Vec<uint32_t, 4>& a, uint32_t b0, uint32_
 
 // ---- Tiles
 
-// A matrix of 16-bit elements in shared memory, in panels of 64 columns. A panel's rows are 128 bytes, and the 16-byte
-// vectors of a row are permuted by the row's number so that eight rows' vectors of one column lie in different banks
-// (the 128-byte swizzle of Hopper's matrix descriptors).
+// A matrix in shared memory, in panels whose rows are 128 bytes. The 16-byte vectors of a row are permuted by the row's
+// number so that eight rows' vectors of one column lie in different banks (the 128-byte swizzle of Hopper's matrix
+// descriptors).
 template <class T, int rows>
 struct Panels {
-  static constexpr int kColumns = 64, kVectors = 8;  // of a panel; a vector is 8 elements
+  static constexpr int kVectors = 8, kElements = 16 / sizeof(T);  // vectors of a panel's row, elements of a vector
   T* data;
 
-  DCN_INLINE constexpr int64_t bytes(int panels) { return int64_t(panels) * rows * kColumns * sizeof(T); }
   // `vector` counts through all panels.
   __device__ T* at(int row, int vector) const {
-    return data + (vector / kVectors * rows + row) * kColumns + (vector % kVectors ^ row % 8) * 8;
+    return data + (vector / kVectors * rows + row) * (kVectors * kElements) + (vector % kVectors ^ row % 8) * kElements;
   }
 };
 
@@ -182,28 +206,34 @@ struct Accumulator {
   float at[kM][2 * kN][4];
 };
 
-// sum += a * b over 16 of the depth, where a warp's part begins at row `m` of a and column `n` of b, and `depth` is a
-// multiple of 16. A tile that is stored with the depth along its columns is read as it is; one stored with the depth
-// along its rows is transposed on the way. `halfway` is called after half of the columns: other work for the warp while
+// sum += a * b over two vectors' elements of the depth, where a warp's part begins at row `m` of a and column `n` of b.
+// A tile that is stored with the depth along its columns is read as it is, and its `depth` counts vectors; one stored
+// with the depth along its rows is transposed on the way, and its `depth` counts rows. The elements of a are rounded
+// to T; b's TF32 ones are rounded here. `halfway` is called after half of the columns: other work for the warp while
 // the tensor cores are busy. The place for another matrix instruction: the tiles' layout is wgmma's.
 template <bool a_depth_in_rows, bool b_depth_in_rows, int kM, int kN, class T, int a_rows, int b_rows, class Halfway>
 DCN_DEVICE void multiply_step(Accumulator<kM, kN>& sum, const Panels<T, a_rows>& a, const Panels<T, b_rows>& b, int m,
-                              int n, int depth, Halfway halfway) {
+                              int n, int depth_a, int depth_b, Halfway halfway) {
+  static_assert(sizeof(T) == 2 || !(a_depth_in_rows || b_depth_in_rows), "only 16-bit elements can be transposed");
   const int lane = threadIdx.x % 32;
   const int low = lane % 8, middle = lane / 8 % 2, high = lane / 16;
   Vec<uint32_t, 4> fragment[kM];
 #pragma unroll
   for (int i = 0; i < kM; ++i) {
     const int first = m + 16 * i;
-    fragment[i] = a_depth_in_rows ? load_matrices<true>(a.at(depth + 8 * high + low, first / 8 + middle))
-                                  : load_matrices<false>(a.at(first + 8 * middle + low, depth / 8 + high));
+    fragment[i] = a_depth_in_rows ? load_matrices<true>(a.at(depth_a + 8 * high + low, first / 8 + middle))
+                                  : load_matrices<false>(a.at(first + 8 * middle + low, depth_a + high));
   }
 #pragma unroll
   for (int j = 0; j < kN; ++j) {
     if (j == kN / 2) halfway();
     const int first = n + 16 * j;
-    const auto pair = b_depth_in_rows ? load_matrices<true>(b.at(depth + 8 * middle + low, first / 8 + high))
-                                      : load_matrices<false>(b.at(first + 8 * high + low, depth / 8 + middle));
+    auto pair = b_depth_in_rows ? load_matrices<true>(b.at(depth_b + 8 * middle + low, first / 8 + high))
+                                : load_matrices<false>(b.at(first + 8 * high + low, depth_b + middle));
+    if constexpr (sizeof(T) == 4) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) pair.lane[r] = round_to_tf32(__uint_as_float(pair.lane[r]));
+    }
 #pragma unroll
     for (int i = 0; i < kM; ++i) {
       multiply_add<T>(sum.at[i][2 * j], fragment[i], pair.lane[0], pair.lane[1]);

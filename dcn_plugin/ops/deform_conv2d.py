@@ -26,7 +26,9 @@ def deform_conv2d(
     `Deformable ConvNets v2 <https://arxiv.org/abs/1811.11168>`_.
 
     A sample at (y, x) counts where -1 < y < H and -1 < x < W; any other, and any that is not finite, contributes 0 and
-    has zero gradients. Coordinates and sums are float32 (float64 for float64 inputs) whatever the inputs' dtype.
+    has zero gradients. Coordinates and sums are float32 (float64 for float64 inputs) whatever the inputs' dtype. CUDA
+    multiplies float32 in TF32 where PyTorch's matrix products may, which is not the default
+    (``torch.backends.cuda.matmul.fp32_precision``); ``torch.compile`` keeps what it finds there.
 
     Args:
         input: (N, C, H, W), float32, float64, float16 or bfloat16; N may be 0. Contiguous or channels_last; the output
@@ -57,11 +59,17 @@ def deform_conv2d(
         pair(stride, "stride"),
         pair(padding, "padding"),
         pair(dilation, "dilation"),
+        _tf32_allowed(),
     )
 
 
+@torch.compiler.assume_constant_result
+def _tf32_allowed() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 @torch.library.register_fake("dcn_plugin::deform_conv2d")
-def _fake(input, offset, weight, bias, mask, stride, padding, dilation):
+def _fake(input, offset, weight, bias, mask, stride, padding, dilation, allow_tf32=False):
     check_devices(input, offset=offset, weight=weight, bias=bias, mask=mask)
     size = [
         (input.shape[i + 2] + 2 * padding[i] - dilation[i] * (weight.shape[i + 2] - 1) - 1) // stride[i] + 1
@@ -98,7 +106,7 @@ def _fake_backward(
 
 
 def _setup_context(ctx, inputs, output):
-    input, offset, weight, bias, mask, stride, padding, dilation = inputs
+    input, offset, weight, bias, mask, stride, padding, dilation, _ = inputs
     ctx.save_for_backward(input, offset, weight, mask)
     ctx.geometry = stride, padding, dilation
 
@@ -127,7 +135,7 @@ def _backward(ctx, grad_output):
         grad_weight = grads[3] if need_weight else None
     if need_bias:
         grad_bias = grad_output.sum((0, 2, 3))
-    return grad_input, grad_offset, grad_weight, grad_bias, grad_mask, None, None, None
+    return grad_input, grad_offset, grad_weight, grad_bias, grad_mask, None, None, None, None
 
 
 torch.library.register_autograd("dcn_plugin::deform_conv2d", _backward, setup_context=_setup_context)

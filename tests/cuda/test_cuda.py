@@ -196,6 +196,20 @@ def test_fused_equals_columns(name, dtype, tolerance, memory_format, monkeypatch
     assert not torch.equal(results[0][0], results[1][0])  # they round differently: both ran
 
 
+@pytest.mark.parametrize("memory_format", LAYOUTS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("out_channels", [64, 128, 256])
+def test_tf32(out_channels, memory_format, set_matmul_precision):
+    def random(*shape):
+        return torch.randn(shape, device="cuda").contiguous(memory_format=memory_format)
+
+    arguments = random(4, 36, 66, 66), random(4, 18, 66, 66), random(out_channels, 36, 3, 3)
+    with strict_float32():
+        expected = deform_conv2d(*(t.double() for t in arguments), padding=1)
+        assert relative_error(deform_conv2d(*arguments, padding=1), expected) < 1e-5  # coordinates are float32
+    set_matmul_precision("tf32")
+    assert 2e-5 < relative_error(deform_conv2d(*arguments, padding=1), expected) < 5e-4
+
+
 @pytest.mark.parametrize("pool", [deform_roi_align, deform_ps_roi_pool])
 def test_roi_of_no_image_gives_zeros(pool):
     input = torch.randn(2, 8, 10, 10, device="cuda", requires_grad=True)

@@ -162,6 +162,7 @@ T __ldg(const T* address) {
   return *address;
 }
 
+inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline int __ffs(unsigned x) { return x ? std::countr_zero(x) + 1 : 0; }
 inline int __clz(unsigned x) { return std::countl_zero(x); }

@@ -4,7 +4,8 @@ The operator's rule chooses them; build.py has the rule want two blocks a launch
 tile of rows takes the large tiles, and a smaller one the small.
 
 Tolerances, of the norm, are test_deform_conv2d's: a sample is rounded to the dtype before it is multiplied, which errs
-by half a unit in the last place, 2^-11 for float16 and 2^-8 for bfloat16, at random; sums are float32.
+by half a unit in the last place, 2^-11 for float16 and 2^-8 for bfloat16, at random; sums are float32. TF32 has
+float16's bits behind the point.
 """
 
 import math
@@ -112,6 +113,43 @@ def test_repeatable_without_grad_input(cuda_host, name):
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize(
+    "name", ["one vector", "ragged slab", "square tile", "wide tile", "both, indivisible", "stride and dilation", "v1"]
+)
+def test_tf32(cuda_host, name, channels_last):
+    tensors, geometry, grad_output = make(SHAPES[name], torch.float32, channels_last)
+    expected, _ = truth(tensors, geometry, grad_output)
+    output = cuda_host("deform_conv2d", *tensors, *geometry, True, order=3)
+    error = torch.linalg.vector_norm(output - expected) / torch.linalg.vector_norm(expected)
+    assert output.dtype == torch.float32
+    assert 2e-5 < error < 5e-4  # operands are rounded: by 2^-12 on average, one of them and then the other
+    strict = cuda_host("deform_conv2d", *tensors, *geometry)
+    assert_close(strict, expected, torch.float32, name)
+
+
+def test_tf32_rule(cuda_host):
+    """A sample of 1 + 2^-12 is 1 in TF32."""
+
+    def rounds(allow_tf32, channels=4, out_channels=4, groups=1, dtype=torch.float32, fused=True):
+        input = torch.full((1, channels, 4, 4), 1 + 2.0**-12, dtype=dtype)
+        weight = torch.ones(out_channels, channels // groups, 1, 1, dtype=dtype)
+        offset = torch.zeros(1, 2, 4, 4, dtype=dtype)
+        geometry = [1, 1], [0, 0], [1, 1]
+        output = cuda_host("deform_conv2d", input, offset, weight, None, None, *geometry, allow_tf32, fused=fused)
+        assert output.unique().numel() == 1
+        return bool(output[0, 0, 0, 0] == channels // groups)
+
+    assert rounds(True)
+    assert rounds(True, channels=24, out_channels=16, groups=2)
+    assert not rounds(False)
+    assert not rounds(True, channels=6)
+    assert not rounds(True, out_channels=6)
+    assert not rounds(True, channels=8, out_channels=8, groups=8)
+    assert not rounds(True, dtype=torch.float64)
+    assert not rounds(True, fused=False)
 
 
 def took_fused(cuda_host, dtype=torch.bfloat16, channels=8, out_channels=8, groups=1, deform_groups=1, **options):

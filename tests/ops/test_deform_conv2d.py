@@ -5,6 +5,7 @@ import pytest
 import torch
 from cases import BASE, CONV_CASES, STRIDED, check_against, random_gradient, relative_error, run
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcn_plugin.ops import deform_conv2d, reference
 
@@ -243,6 +244,21 @@ def test_export(device):
     args = t["input"], t["offset"], t["weight"]
     exported = torch.export.export(Layer(), args)
     assert torch.equal(exported.module()(*args), Layer()(*args))
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_tf32_where_matrix_products_may(precision, set_matmul_precision):
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "deform_conv2d" in str(func):
+                allowed.append(args[8:] == (True,))  # False is the default, and left out
+            return func(*args, **(kwargs or {}))
+
+    set_matmul_precision(precision)
+    allowed = []
+    with Spy():
+        deform_conv2d(**BASE.make(torch.float32, "cpu"), **BASE.options)
+    assert allowed == [precision == "tf32"]
 
 
 MMCV_CASES = ["base", "v1", "no-bias", "v1-no-bias", "groups", "deform-groups", "stride", "dilation"]
