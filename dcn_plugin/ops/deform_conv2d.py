@@ -63,9 +63,12 @@ def deform_conv2d(
     )
 
 
-@torch.compiler.assume_constant_result
 def _tf32_allowed() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+# As torch.compiler.assume_constant_result says it, but without importing the compiler, which takes seconds and numpy.
+_tf32_allowed._dynamo_marked_constant = True
 
 
 @torch.library.register_fake("dcn_plugin::deform_conv2d")
