@@ -106,12 +106,16 @@ else:
 
 
 @needs("mmdet")
-def test_mmcvs_operators_stay_until_asked():
-    code = """
+def test_mmcvs_operators_stay_until_a_config_asks(tmp_path):
+    config = tmp_path / "config.py"
+    config.write_text("custom_imports = dict(imports=['dcn_plugin.replace_mmcv_ops'])\n")
+    code = f"""
 import dcn_plugin, mmcv.ops
 from mmdet.models.dense_heads import tood_head
-theirs = mmcv.ops.deform_conv2d
-assert theirs.__module__.startswith("torch") and tood_head.deform_conv2d is theirs
+assert tood_head.deform_conv2d is mmcv.ops.deform_conv2d
+assert tood_head.deform_conv2d == mmcv.ops.deform_conv.DeformConv2dFunction.apply
+from mmengine.config import Config
+Config.fromfile({str(config)!r})
 import dcn_plugin.replace_mmcv_ops as ours
 assert tood_head.deform_conv2d is mmcv.ops.deform_conv2d is ours.deform_conv2d
 """

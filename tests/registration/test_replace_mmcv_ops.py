@@ -172,7 +172,7 @@ PLACES = [
 ]
 
 
-def test_replaces_and_restores_every_name(capsys):
+def test_replaces_and_restores_every_name():
     assert all(getattr(module, name) == theirs for module, name, theirs in PLACES)
     changed = ours.replace()
     try:
@@ -233,3 +233,15 @@ def test_mmcvs_roi_layers_run_on_ours(replaced, kind):
     assert calls.count == 2
     expected = reference.deform_roi_align(x, rois, None, (2, 2), 0.25)
     torch.testing.assert_close(pooled, expected * (0.5 if kind.startswith("Modulated") else 1))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiles_without_a_break(replaced, autocast):
+    x, offset, mask, weight = conv_inputs(1, 1, 1, 1, 1, (3, 3), torch.float32)
+
+    def run():
+        pooled = mmcv.ops.deform_roi_pool(x, x.new_tensor([[0.0, 0, 0, 4, 4]]), None, 2)
+        return pooled, mmcv.ops.modulated_deform_conv2d(x, offset, mask, weight, None, 1, 1)
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        torch.testing.assert_close(torch.compile(run, backend="aot_eager", fullgraph=True)(), run())
