@@ -6,7 +6,8 @@ which one runs is decided at run time (csrc/cpu/dispatch.h).
 
 The CUDA library is built where nvcc is found and torch has CUDA. In the environment, DCN_PLUGIN_CUDA=0 leaves it out
 and 1 insists on it, whatever torch this is: it needs the headers alone ("only" leaves out the CPU library instead);
-DCN_PLUGIN_CUDA_ARCHS="90" (say) narrows it to the compute capabilities named; MAX_JOBS limits the compilers at work.
+DCN_PLUGIN_CUDA_ARCHS="90" (say) narrows it to the compute capabilities named, of 8.0 at least; MAX_JOBS limits the
+compilers at work.
 """
 
 import os

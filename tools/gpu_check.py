@@ -60,7 +60,8 @@ def plan(out: Path) -> list[list[Step]]:
     steps = [[build], [Step("registers", [python, "tools/ptxas_report.py", "build", "--no-spills"], 10), smoke]]
     if importlib.util.find_spec("pytest"):
         pytest = [python, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider", "-k", "cuda"]
-        tests = [*pytest, "tests/ops", "tests/cuda", "--ignore=tests/cuda/test_build.py"]
+        workers = ["-n", "4"] if importlib.util.find_spec("xdist") else []
+        tests = [*pytest, *workers, "tests/ops", "tests/cuda", "--ignore=tests/cuda/test_build.py"]
         steps.append([Step("tests", tests, 140)])
     if sanitizer := find_tool("compute-sanitizer"):
         # Without the caching allocator every tensor is an allocation of its own, and its ends are seen.
@@ -135,16 +136,12 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         print(__doc__)
         return 2
-    missing = [
-        text
-        for there, text in (
-            (torch.cuda.is_available(), "PyTorch sees no GPU here"),
-            (find_tool("nvcc"), "nvcc is not on the PATH"),
-        )
-        if not there
-    ]
-    if missing:
-        print("; ".join(missing))
+    gpu = torch.cuda.is_available()
+    if not gpu or torch.cuda.get_device_capability() < (8, 0):
+        print("the kernels need a GPU of compute capability 8.0 or later" if gpu else "PyTorch sees no GPU here")
+        return 2
+    if find_tool("nvcc") is None:
+        print("nvcc is not on the PATH")
         return 2
     out = Path(arguments[0]).resolve()
     out.mkdir(parents=True, exist_ok=True)
