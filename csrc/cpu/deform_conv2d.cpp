@@ -5,7 +5,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../tensor.h"
+#include "../arguments.h"
 #include "dispatch.h"
 #include "parallel.h"
 
@@ -64,18 +64,6 @@ class OwnedPlan : public Plan {
  private:
   std::vector<Slab> storage_;
 };
-
-DeformConv2dShape checked_shape(const Tensor& input, const Tensor& offset, const Tensor& weight,
-                                const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
-                                const IntList& stride, const IntList& padding, const IntList& dilation) {
-  check_floating(input, "input");
-  check_like_input(offset, input, "offset");
-  check_like_input(weight, input, "weight");
-  check_like_input(bias, input, "bias");
-  check_like_input(mask, input, "mask");
-  return make_deform_conv2d_shape(sizes(input), sizes(offset), sizes(weight), sizes(bias), sizes(mask), sizes(stride),
-                                  sizes(padding), sizes(dilation));
-}
 
 MemoryFormat format_of(const Tensor& t) {
   return prefers_channels_last(t) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;

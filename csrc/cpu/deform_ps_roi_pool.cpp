@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "../tensor.h"
+#include "../arguments.h"
 #include "dispatch.h"
 #include "parallel.h"
 
@@ -13,17 +13,6 @@ DCN_KERNELS(DeformPSRoIPoolKernels, deform_ps_roi_pool_kernels)
 
 namespace dcn::cpu {
 namespace {
-
-DeformPSRoIPoolShape checked_shape(const Tensor& input, const Tensor& rois, const std::optional<Tensor>& offset,
-                                   const IntList& output_size, const IntList& group_size, const IntList& part_size,
-                                   int64_t sample_per_part, double spatial_scale, double trans_std) {
-  check_floating(input, "input");
-  check_floating(rois, "rois");
-  check_same_device(rois, input, "rois");
-  check_like_input(offset, input, "offset");
-  return make_deform_ps_roi_pool_shape(sizes(input), sizes(rois), sizes(offset), sizes(output_size), sizes(group_size),
-                                       sizes(part_size), sample_per_part, spatial_scale, trans_std);
-}
 
 template <class T>
 void check_batch_indices(const DeformPSRoIPoolShape& s, const T* rois) {

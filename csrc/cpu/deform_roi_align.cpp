@@ -4,7 +4,7 @@
 
 #include <tuple>
 
-#include "../tensor.h"
+#include "../arguments.h"
 #include "dispatch.h"
 #include "parallel.h"
 
@@ -12,18 +12,6 @@ DCN_KERNELS(DeformRoIAlignKernels, deform_roi_align_kernels)
 
 namespace dcn::cpu {
 namespace {
-
-DeformRoIAlignShape checked_shape(const Tensor& input, const Tensor& rois, const std::optional<Tensor>& offset,
-                                  const std::optional<Tensor>& mask, const IntList& output_size, double spatial_scale,
-                                  int64_t sampling_ratio, double gamma) {
-  check_floating(input, "input");
-  check_floating(rois, "rois");
-  check_same_device(rois, input, "rois");
-  check_like_input(offset, input, "offset");
-  check_like_input(mask, input, "mask");
-  return make_deform_roi_align_shape(sizes(input), sizes(rois), sizes(offset), sizes(mask), sizes(output_size),
-                                     spatial_scale, sampling_ratio, gamma);
-}
 
 template <class T>
 void check_batch_indices(const DeformRoIAlignShape& s, const T* rois) {

@@ -5,6 +5,7 @@
 #include <string_view>
 #include <tuple>
 
+#include "../arguments.h"
 #include "deform_conv2d.h"
 #include "deform_conv2d_fused.h"
 
@@ -15,18 +16,6 @@ namespace {
 bool fused_allowed() {
   const char* const value = std::getenv("DCN_PLUGIN_FUSED");
   return !value || std::string_view(value) != "0";
-}
-
-DeformConv2dShape checked_shape(const Tensor& input, const Tensor& offset, const Tensor& weight,
-                                const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
-                                const IntList& stride, const IntList& padding, const IntList& dilation) {
-  check_floating(input, "input");
-  check_like_input(offset, input, "offset");
-  check_like_input(weight, input, "weight");
-  check_like_input(bias, input, "bias");
-  check_like_input(mask, input, "mask");
-  return make_deform_conv2d_shape(sizes(input), sizes(offset), sizes(weight), sizes(bias), sizes(mask), sizes(stride),
-                                  sizes(padding), sizes(dilation));
 }
 
 // Offset and mask are read in the layout they have.

@@ -3,32 +3,24 @@
 
 #include <tuple>
 
+#include "../arguments.h"
 #include "deform_ps_roi_pool.cuh"
 #include "elementwise.cuh"
 
 namespace dcn::cuda {
 namespace {
 
-DeformPSRoIPoolShape checked_shape(const Tensor& input, const Tensor& rois, const std::optional<Tensor>& offset,
-                                   const IntList& output_size, const IntList& group_size, const IntList& part_size,
-                                   int64_t sample_per_part, double spatial_scale, double trans_std) {
-  check_floating(input, "input");
-  check_floating(rois, "rois");
-  check_same_device(rois, input, "rois");
-  check_like_input(offset, input, "offset");
-  const auto s =
-      make_deform_ps_roi_pool_shape(sizes(input), sizes(rois), sizes(offset), sizes(output_size), sizes(group_size),
-                                    sizes(part_size), sample_per_part, spatial_scale, trans_std);
+DeformPSRoIPoolShape launchable(const DeformPSRoIPoolShape& s) {
   constexpr int64_t kMostItems = INT32_MAX - 32;  // a warp counts a bin's samples in a class's channels
   check(s.samples <= 1024 && s.samples * s.samples <= kMostItems / std::max<int64_t>(s.class_channels(), 1),
-        "sample_per_part is too large for CUDA, got ", sample_per_part, " for input ", to_string(sizes(input)));
+        "sample_per_part is too large for CUDA, got ", s.samples, " for ", s.channels, " channels");
   return s;
 }
 
 Tensor forward(const Tensor& input, const Tensor& rois, const std::optional<Tensor>& offset, IntList output_size,
                IntList group_size, IntList part_size, int64_t sample_per_part, double spatial_scale, double trans_std) {
-  const auto s =
-      checked_shape(input, rois, offset, output_size, group_size, part_size, sample_per_part, spatial_scale, trans_std);
+  const auto s = launchable(checked_shape(input, rois, offset, output_size, group_size, part_size, sample_per_part,
+                                          spatial_scale, trans_std));
   const DeviceScope device(input);
   const ScalarType type = input.scalar_type();
   const bool channels_last = prefers_channels_last(input);
@@ -63,8 +55,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& inp
                                     const std::optional<Tensor>& offset, IntList output_size, IntList group_size,
                                     IntList part_size, int64_t sample_per_part, double spatial_scale, double trans_std,
                                     bool need_input, bool need_offset, bool deterministic) {
-  const auto s =
-      checked_shape(input, rois, offset, output_size, group_size, part_size, sample_per_part, spatial_scale, trans_std);
+  const auto s = launchable(checked_shape(input, rois, offset, output_size, group_size, part_size, sample_per_part,
+                                          spatial_scale, trans_std));
   check_like_input(grad_output, input, "grad_output");
   check_shape(sizes(grad_output), {s.rois, s.output_dim, s.out_height, s.out_width}, "grad_output",
               "(K, output_dim, output height, output width)");

@@ -3,24 +3,16 @@
 
 #include <tuple>
 
+#include "../arguments.h"
 #include "deform_roi_align.cuh"
 #include "elementwise.cuh"
 
 namespace dcn::cuda {
 namespace {
 
-DeformRoIAlignShape checked_shape(const Tensor& input, const Tensor& rois, const std::optional<Tensor>& offset,
-                                  const std::optional<Tensor>& mask, const IntList& output_size, double spatial_scale,
-                                  int64_t sampling_ratio, double gamma) {
-  check_floating(input, "input");
-  check_floating(rois, "rois");
-  check_same_device(rois, input, "rois");
-  check_like_input(offset, input, "offset");
-  check_like_input(mask, input, "mask");
-  const auto s = make_deform_roi_align_shape(sizes(input), sizes(rois), sizes(offset), sizes(mask), sizes(output_size),
-                                             spatial_scale, sampling_ratio, gamma);
-  check(s.rois <= (INT32_MAX - kRoIThreads) / s.bins(), "rois have too many bins for one launch: rois ",
-        to_string(sizes(rois)), ", output_size ", to_string(sizes(output_size)));
+DeformRoIAlignShape launchable(const DeformRoIAlignShape& s) {
+  check(s.rois <= (INT32_MAX - kRoIThreads) / s.bins(), "rois have too many bins for one launch: ", s.rois, " x ",
+        s.out_height, " x ", s.out_width);
   return s;
 }
 
@@ -33,7 +25,8 @@ dim3 blocks_of(const RoIArgs<T>& args, bool channels_last) {
 Tensor forward(const Tensor& input, const Tensor& rois, const std::optional<Tensor>& offset,
                const std::optional<Tensor>& mask, IntList output_size, double spatial_scale, int64_t sampling_ratio,
                double gamma) {
-  const auto s = checked_shape(input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma);
+  const auto s =
+      launchable(checked_shape(input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma));
   const DeviceScope device(input);
   const ScalarType type = input.scalar_type();
   const bool channels_last = prefers_channels_last(input);
@@ -83,7 +76,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
                                             const std::optional<Tensor>& offset, const std::optional<Tensor>& mask,
                                             IntList output_size, double spatial_scale, int64_t sampling_ratio,
                                             double gamma, bool need_input, bool need_sampling, bool deterministic) {
-  const auto s = checked_shape(input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma);
+  const auto s =
+      launchable(checked_shape(input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma));
   check_like_input(grad_output, input, "grad_output");
   check_shape(sizes(grad_output), {s.rois, s.channels, s.out_height, s.out_width}, "grad_output",
               "(K, C, output height, output width)");
