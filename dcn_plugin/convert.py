@@ -1,8 +1,11 @@
 """Makes convolutions of an existing model deformable, chosen by name and by what they are; needs torch alone."""
 
+import inspect
 import logging
 import math
 from collections.abc import Iterable
+from difflib import get_close_matches
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -50,33 +53,36 @@ def convert(
         depthwise: only depthwise convolutions, or only others; None takes both.
         min_channels: only convolutions of at least as many input and output channels.
         last: only the last so many, in the order of registration.
-        conv_kwargs: further arguments of the deformable convolution: ``deform_groups``, ``mask_scale``.
+        conv_kwargs: further arguments of the deformable convolution: ``deform_groups``, ``mask_scale``, ``max_offset``.
 
     Returns:
         The module.
 
     Raises:
-        ValueError: an unknown type; a target that matches nothing, names no convolution, names one that cannot be
-            deformable (transposed, of another ``padding_mode``, of a class that computes something else) or of which
-            the options leave nothing. The module is then as before.
+        ValueError: an unknown type or option; a target that matches nothing, names no convolution, names one that
+            cannot be deformable (transposed, of another ``padding_mode``, of a class that computes something else) or
+            of which the options leave nothing. The module is then as before.
     """
     kind = _kind(type)
+    _check_names(kind, conv_kwargs)
     if issubclass(kind, DCNv2):
         conv_kwargs.setdefault("mask_scale", 2.0)
     candidates = list(candidates_of(module))
     options = Options(kernel_size, stride, depthwise, min_channels)
-    chosen = choose(module, candidates, [targets] if isinstance(targets, str) else list(targets), options)
+    chosen = choose(module, candidates, targets, options)
     if last is not None:
-        if not 1 <= last <= len(chosen):
-            raise ValueError(f"last={last}, but {len(chosen)} convolutions of {name_of(module)} qualify")
+        if not (isinstance(last, int) and 1 <= last <= len(chosen)):
+            raise ValueError(f"last={last!r}, but {len(chosen)} convolutions of {name_of(module)} qualify")
         chosen = chosen[-last:]
     templates = [_template(kind, candidate, conv_kwargs) for candidate in chosen]  # all raise before anything changes
     for candidate, template in zip(chosen, templates, strict=True):
         _become(candidate.conv, template, candidate.pattern)
     _prepare_loading(module, chosen)
     unable = [c for c in candidates if c.pattern and c not in chosen and c.obstacle]
+    frozen = [c for c in chosen if not c.conv.weight.requires_grad]
     logger.info(
         f"{name_of(module)}: {kind.__name__} in place of {len(chosen)} nn.Conv2d: {listed(c.names[0] for c in chosen)}"
+        + (f"; frozen, and so their offsets: {listed(c.names[0] for c in frozen)}" if frozen else "")
         + (f"; could not: {listed(f'{c.names[0]} ({c.obstacle})' for c in unable)}" if unable else "")
     )
     return module
@@ -87,6 +93,21 @@ def _kind(given: str | type) -> type:
     if not (isinstance(kind, type) and issubclass(kind, tuple(KINDS.values()))):
         raise ValueError(f"type of a deformable convolution must be {' or '.join(KINDS)}, or a subclass; got {given!r}")
     return kind
+
+
+def _check_names(kind: type, conv_kwargs: dict) -> None:
+    geometry = inspect.signature(nn.Conv2d).parameters  # the convolution's own, which stays
+    initialisers = [vars(cls)["__init__"] for cls in kind.__mro__ if "__init__" in vars(cls) and cls is not object]
+    arguments = {name for init in initialisers for name in inspect.signature(init).parameters}
+    known = sorted(arguments - geometry.keys() - {"self", "args", "kwargs"})
+    for name in conv_kwargs:
+        if name in geometry:
+            raise ValueError(f"{name!r} is no option: a convolution that becomes deformable keeps its own {name}")
+        if name not in known:
+            near = get_close_matches(name, [*inspect.signature(convert).parameters, *known])
+            raise ValueError(
+                f"unknown option {name!r}; " + (f"nearest: {listed(near)}" if near else f"there are {listed(known)}")
+            )
 
 
 def _template(kind: type, candidate: Candidate, conv_kwargs: dict) -> nn.Module:
@@ -139,30 +160,47 @@ def _pad_to_stride(conv: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
 
 
 def _prepare_loading(module: nn.Module, converted: list[Candidate]) -> None:
-    containers = {""}
+    containers: dict[str, list[str]] = {"": []}  # the names of the converted layers in each
     for candidate in converted:
+        candidate.conv.register_load_state_dict_pre_hook(_keep_offsets)
         for name in candidate.names:
             parent, _, leaf = name.rpartition(".")
             if leaf:
                 # Registered once more, for what watches registrations: it renames the offsets of old checkpoints.
                 module.get_submodule(parent).add_module(leaf, candidate.conv)
-            parts = parent.split(".")
-            containers.update(".".join(parts[:end]) for end in range(1, len(parts) + 1))
-    # Any of them may be the one that is loaded. The outermost completes the state dict for those inside it.
-    for name in containers:
-        module.get_submodule(name).register_load_state_dict_pre_hook(_keep_offsets)
+                containers[""].append(name)
+            parts = name.split(".")
+            for end in range(1, len(parts)):
+                containers.setdefault(".".join(parts[:end]), []).append(".".join(parts[end:]))
+    for path, names in containers.items():
+        module.get_submodule(path).register_load_state_dict_pre_hook(
+            partial(_report_offsets, names=names, top=not path)
+        )
 
 
-def _keep_offsets(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:
-    """Completes a state dict from before the conversion by the offsets that the converted layers have."""
-    kept = []
-    for name, layer in module.named_modules(remove_duplicate=False):
-        path = f"{prefix}{name}." if name else prefix
-        if not hasattr(layer, "chosen_by") or f"{path}weight" not in state_dict:
-            continue
-        own = {f"{path}conv_offset.{key}": value for key, value in layer.conv_offset.named_parameters()}
-        if not own.keys() & state_dict.keys():
-            state_dict.update(own)
-            kept.append(f"{path}conv_offset")
-    if kept:
-        logger.warning(f"the checkpoint lacks the offsets of {len(kept)} layers, which keep their own: {listed(kept)}")
+def _keep_offsets(conv: nn.Module, state_dict: dict, prefix: str, *_) -> None:
+    """Completes the state dict of a layer from before its conversion by the offsets that the layer has."""
+    if f"{prefix}weight" not in state_dict:
+        return
+    own = {f"{prefix}conv_offset.{key}": value for key, value in conv.conv_offset.named_parameters()}
+    if not own.keys() & state_dict.keys():
+        state_dict.update(own)
+        if not prefix:
+            _warn_of_kept(["conv_offset"])
+
+
+def _report_offsets(module: nn.Module, state_dict: dict, prefix: str, *_, names: list[str], top: bool) -> None:
+    """One line for all layers of a conversion whose offsets a state dict lacks, by what is loaded or was converted."""
+    if prefix and not top:
+        return
+    paths = [f"{prefix}{name}" for name in names if f"{prefix}{name}.weight" in state_dict]
+    offsets = (".conv_offset.weight", ".conv_offset.bias", "_offset.weight")  # the last of old checkpoints
+    lacking = [f"{path}.conv_offset" for path in paths if not any(path + offset in state_dict for offset in offsets)]
+    if lacking:
+        _warn_of_kept(lacking)
+
+
+def _warn_of_kept(offsets: list[str]) -> None:
+    logger.warning(
+        f"the checkpoint lacks the offsets of {len(offsets)} layers, which keep their own: {listed(offsets)}"
+    )

@@ -86,10 +86,14 @@ def _obstacle(conv: nn.Module, names: list[str]) -> str | None:
     return None
 
 
-def choose(module, candidates: list[Candidate], targets: list[str], options: Options) -> list[Candidate]:
+def choose(
+    module: nn.Module, candidates: list[Candidate], targets: str | Iterable[str], options: Options
+) -> list[Candidate]:
     """The candidates that the targets choose, in their own order; notes in each which pattern matched it."""
+    given, targets = targets, [targets] if isinstance(targets, str) else targets
+    targets = list(targets) if isinstance(targets, Iterable) else []
     if not targets or not all(isinstance(target, str) for target in targets):
-        raise ValueError(f"targets must be patterns on the names of submodules, got {targets!r}")
+        raise ValueError(f"targets must be patterns on the names of submodules, got {given!r}")
     chosen = set()
     for target in targets:
         skipped, found = [], False
@@ -128,7 +132,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 def _nothing_matches(module: nn.Module, target: str, candidates: list[Candidate]) -> str:
     submodules = dict(module.named_modules(remove_duplicate=False))
-    matched = [f"{name} ({type(submodules[name]).__name__})" for name in submodules if fnmatchcase(name, target)]
+    matched = [f"{name} ({name_of(submodules[name])})" for name in submodules if name and fnmatchcase(name, target)]
     if matched:
         return f"target {target!r} matches no convolution of {name_of(module)}, but {listed(matched)}"
     # Names are compared by as many parts, from either end, as the target has.

@@ -18,6 +18,8 @@ EXAMPLES = {
 _LEAF = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
 _TORCHVISION = rf"(conv1|bn1|layer[1-4]\.\d+\.(conv[123]|bn[123]|downsample\.[01]))\.{_LEAF}"
 _DETECTRON2 = r"(backbone\.(bottom_up\.)?|roi_heads\.)?(stem\.conv1|res[2-5]\.\d+\.conv\d)\.weight"
+# Other detectors, whose modules have some of mmdet's names: torchvision's, DETR's.
+_FOREIGN = r"backbone\.(\d+\.)?(body|fpn)\.|rpn\.head\.|roi_heads\.box_head\.fc6\.|class_embed\."
 _MMDET = r"(backbone|neck|rpn_head|bbox_head|roi_head|mask_head|panoptic_fusion_head|data_preprocessor)\."
 
 
@@ -37,7 +39,7 @@ def detect(state: State) -> str:
         return "mmdet"
     if any(re.fullmatch(r"layer[1-4]\.\d+\.conv[123]\.weight", name) for name in state):
         return "torchvision"
-    if any(re.match(_MMDET, name) for name in state):
+    if any(re.match(_MMDET, name) for name in state) and not any(re.match(_FOREIGN, name) for name in state):
         return "mmdet"
     examples = {example: kind for kind, names in EXAMPLES.items() for example in names.split()}
     lines = []

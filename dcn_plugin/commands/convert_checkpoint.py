@@ -8,11 +8,16 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from mmengine.config import DictAction
+
 from dcn_plugin import __version__
 from dcn_plugin.checkpoints.files import load, save, state_dict_of
 from dcn_plugin.checkpoints.formats import detect, names_of
 from dcn_plugin.checkpoints.offsets import State, deformable_layers, merge_offsets
 from dcn_plugin.targets import listed
+
+from .inspect import build
+from .inspect import load as load_config
 
 DESCRIPTION = """\
 Converts a checkpoint to MMDetection's names, with this package's layers 'DCN' and 'DCNv2' in it. IN is only read.
@@ -69,6 +74,7 @@ def add_parser(subparsers) -> None:
     add("target", metavar="OUT", help="the file to write")
     add("--format", choices=("auto", *NOTES), default="auto", help="of IN; by default, what its names say")
     add("--config", help="check that OUT loads into the model of this config")
+    add("--cfg-options", nargs="+", action=DictAction, help="key=value, merged into the config")
     add("--force", action="store_true", help="overwrite OUT")
     add("--trust", action="store_true", help="read IN whatever it contains: runs code that is in it")
     add("--strip", default="", metavar="PREFIX", help="take this from the start of IN's names, first")
@@ -93,6 +99,7 @@ def convert_checkpoint(
     format: str = "auto",
     *,
     config: str | None = None,
+    cfg_options: dict | None = None,
     force: bool = False,
     trust: bool = False,
     strip: str = "",
@@ -160,7 +167,7 @@ def convert_checkpoint(
         mean, std = ([f"{value:g}" for value in state[f"pixel_{kind}"].flatten()] for kind in ("mean", "std"))
         lines.append(f"note: its own PIXEL_MEAN is {', '.join(mean)}, its PIXEL_STD {', '.join(std)}")
     if config:
-        lines += _check(config, converted)
+        lines += _check(config, cfg_options or {}, converted)
 
     meta = checkpoint.get("meta") if isinstance(checkpoint, dict) and format == "mmdet" else None
     meta = dict(meta) if isinstance(meta, dict) else {}
@@ -217,25 +224,21 @@ def _about_deformable(state: State) -> list[str]:
     return lines + [f"note: {MODULATED}"] if 2 in possible else lines
 
 
-def _check(config: str, state: State) -> list[str]:
+def _check(config: str, cfg_options: dict, state: State) -> list[str]:
     """How a state dict fits a config's model.
 
     Raises:
-        ValueError: it does not load.
+        ValueError: it does not load, or none of it is the model's.
     """
-    from mmengine.registry import MODELS, init_default_scope
-
-    from .inspect import load as load_config
-
-    config = load_config(config)
-    init_default_scope(config.get("default_scope", "mmdet"))
-    model, where = MODELS.build(config.model), "the model"
+    model, where = build(load_config(config, cfg_options)), "the model"
     if hasattr(model, "backbone") and not any(name.startswith("backbone.") for name in state):
         model, where = model.backbone, "the backbone"
     try:
         missing, unexpected = model.load_state_dict(OrderedDict(state), strict=False)
     except RuntimeError as error:
         raise ValueError(f"does not load into {where} of the config: {error}") from error
+    if len(unexpected) == len(state):
+        raise ValueError(f"none of the names is one of {where} of the config: {listed(unexpected, 4)}")
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]
     lines = [f"config: loads into {where}; missing {len(missing)}, unexpected {len(unexpected)}"]
     lines += [f"  missing: {listed(missing)}"] if missing else []

@@ -53,16 +53,29 @@ def load(name: str, options: dict | None = None) -> Config:
     return config
 
 
-def inspect(config: Config, shape: tuple[int, int] = (800, 1216)) -> str:
-    """The table for a config's model and images of a shape (height, width)."""
+def build(config: Config) -> nn.Module:
+    """A config's model, without a log of what became deformable."""
     init_default_scope(config.get("default_scope", "mmdet"))
     level = logger.level
-    logger.setLevel(logging.WARNING)  # the table says it all
+    logger.setLevel(logging.WARNING)
     try:
-        model = MODELS.build(config.model)
+        return MODELS.build(config.model)
     finally:
         logger.setLevel(level)
-    return describe(model, shape)
+
+
+def inspect(config: Config, shape: tuple[int, int] = (800, 1216)) -> str:
+    """The table for a config's model and images of a shape (height, width)."""
+    model = build(config)
+    table = describe(model, shape)
+    imports = (config.get("custom_imports") or {}).get("imports") or []
+    named = [imports] if isinstance(imports, str) else [*imports, config.get("runner_type") or ""]
+    if any(hasattr(m, "chosen_by") for m in model.modules()) and not any("dcn_plugin" in one for one in named):
+        table += (
+            "\nnote: this config does not import dcn_plugin. Training needs custom_imports=dict(imports=['dcn_plugin'])"
+        )
+        table += " in the file, or --cfg-options runner_type=dcn_plugin.runner.Runner"
+    return table
 
 
 def describe(model: nn.Module, shape: tuple[int, int] = (800, 1216)) -> str:
@@ -104,7 +117,11 @@ def describe(model: nn.Module, shape: tuple[int, int] = (800, 1216)) -> str:
         f"parameters of the model: {(parameters - extra_parameters) / 1e6:.2f} M plain, {parameters / 1e6:.2f} M as "
         f"configured (+{extra_parameters / 1e6:.2f} M)",
         f"FLOPs (multiply-adds) of all its convolutions for an image of {shape[0]} x {shape[1]}: "
-        f"{_giga(total - extra_flops)} plain, {_giga(total)} as configured (+{_giga(extra_flops)})",
+        + (
+            f"{_giga(total - extra_flops)} plain, {_giga(total)} as configured (+{_giga(extra_flops)})"
+            if total
+            else "not counted, since the model could not be traced"
+        ),
     ]
     if any(row[7] == "-" for row in rows):
         footer.append("-: not counted, since it runs on boxes or could not be traced")
@@ -158,6 +175,8 @@ def _details(conv: nn.Module) -> str:
         details.append("depthwise" if conv.groups == conv.in_channels else f"groups {conv.groups}")
     if isinstance(conv, _ConvTransposeNd):
         details.append("transposed")
+    if not conv.weight.requires_grad:
+        details.append("frozen")
     return ", ".join(details)
 
 

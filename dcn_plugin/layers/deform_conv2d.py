@@ -2,7 +2,7 @@
 DCNv2).
 
 All are ``nn.Conv2d``, and name it among their direct bases, since mmengine's init rules look no further up than that:
-they are initialised, folded with a batch norm and counted like the convolution they stand for.
+they are initialised and folded with a batch norm like the convolution they stand for.
 """
 
 import warnings

@@ -1,21 +1,43 @@
 """The key ``deformable=`` of whatever MMEngine's MODELS, or a registry below it, builds."""
 
 import functools
+import inspect
 import logging
 
 from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.registry import MODELS, Registry
 
-from dcn_plugin.convert import convert, logger
+from dcn_plugin.convert import KINDS, convert, logger
 
 
-def _without_key(cfg):
-    """A config without its key ``deformable``, and the value of that."""
-    if not isinstance(cfg, (dict, Config)) or not isinstance(cfg.get("deformable"), dict | None):
-        return cfg, None  # not a config, or an argument of that name that is not for us
+def _is_argument(cfg, registry: Registry | None) -> bool:
+    """Whether the class that a config names has an argument ``deformable`` of its own."""
+    kind = cfg.get("type")
+    if isinstance(kind, str):
+        with (registry or MODELS).switch_scope_and_registry(cfg.get("_scope_")) as here:
+            kind = here.get(kind)
+    return callable(kind) and "deformable" in inspect.signature(kind).parameters
+
+
+def _without_key(cfg, registry: Registry | None = None):
+    """A config without its key ``deformable``, and the conversions that this asks for."""
+    if not isinstance(cfg, (dict, Config)) or "deformable" not in cfg or _is_argument(cfg, registry):
+        return cfg, []
     cfg = cfg.copy()
-    return cfg, cfg.pop("deformable", None)
+    given = cfg.pop("deformable")
+    keys = given if isinstance(given, (list, tuple)) else [] if given is None else [given]
+    if not all(isinstance(key, dict) for key in keys):
+        raise ValueError(f"deformable= takes a dict such as dict(type='DCNv2', targets='*'), or a list; got {given!r}")
+    return cfg, keys
+
+
+def _convert(module, keys) -> None:
+    for key in keys:
+        key = dict(key)
+        if isinstance(key.get("type"), str) and key["type"] not in KINDS:
+            key["type"] = MODELS.get(key["type"]) or key["type"]  # a registered subclass, or a class by its path
+        convert(module, **key)
 
 
 def _accepts_deformable(build):
@@ -24,14 +46,14 @@ def _accepts_deformable(build):
     @functools.wraps(build)
     def build_deformable(cfg, *args, **kwargs):
         if not isinstance(cfg, list):
-            cfg, key = _without_key(cfg)
+            cfg, keys = _without_key(cfg, kwargs.get("registry"))
             module = build(cfg, *args, **kwargs)
-            return module if key is None else convert(module, **key)
-        pairs = [_without_key(one) for one in cfg]
+            _convert(module, keys)
+            return module
+        pairs = [_without_key(one, kwargs.get("registry")) for one in cfg]
         sequence = build([one for one, _ in pairs], *args, **kwargs)
-        for module, (_, key) in zip(sequence, pairs, strict=True):
-            if key is not None:
-                convert(module, **key)
+        for module, (_, keys) in zip(sequence, pairs, strict=True):
+            _convert(module, keys)
         return sequence
 
     build_deformable.accepts_deformable = True

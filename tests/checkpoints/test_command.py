@@ -121,6 +121,8 @@ def test_what_is_no_checkpoint(tmp_path):
     [
         (["encoder.layer1.0.conv1.weight"], {}, r"encoder\S+: the nearest is \w+'s \S*layer1\.0\.conv1"),
         (["res2_0_branch2a_w"], {}, "Caffe2"),
+        (["backbone.body.conv1.weight", "rpn.head.conv.weight"], {}, "of no format known here"),  # torchvision's
+        (["backbone.0.body.layer1.0.conv1.weight", "bbox_embed.layers.0.weight"], {}, "of no format known"),  # DETR
         (
             ["layer1.0.conv1.weight", "layer1.0.convl.weight"],
             {},
@@ -230,6 +232,19 @@ def test_checks_a_config(tmp_path):
     with pytest.raises(ValueError, match="does not load into the model of the config(.|\n)*conv1.weight"):
         convert(None, tmp_path, state=state, config=config)
     assert not (tmp_path / "out.pth").exists()
+
+
+def test_refuses_what_has_nothing_of_the_configs_model(tmp_path):
+    config = config_file(tmp_path, MODEL)
+    with pytest.raises(ValueError, match="none of the names is one of the model of the config: bakbone.conv1.weight"):
+        convert(None, tmp_path, state=resnet_18(), prefix="bakbone.", config=config)
+
+
+def test_options_are_merged_into_the_config(tmp_path):
+    config = config_file(tmp_path, MODEL)
+    options = {"model.deformable.targets": "layer4"}
+    text = convert(None, tmp_path, state=resnet_18(), config=config, cfg_options=options)[1]
+    assert "missing 0" in text  # the offsets are zero
 
 
 def test_checks_the_backbone_of_a_detector(tmp_path):

@@ -76,11 +76,32 @@ def config(tmp_path):
 
 def test_the_command_in_a_fresh_process(config):
     options = ["model.deformable.type=DCN", "model.deformable.targets=['layer3','layer4.1']", "model.deformable.last=3"]
+    options.append("model.frozen_stages=1")
     command = [sys.executable, "-m", "dcn_plugin", "inspect", config, "--shape", "64", "64", "--cfg-options", *options]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     chosen = [line.split()[0] for line in done.stdout.splitlines() if re.search(r"DCN +layer", line)]
     assert chosen == ["layer3.1.conv2", "layer4.1.conv1", "layer4.1.conv2"]
+    assert "note: this config does not import dcn_plugin" in done.stdout
+    assert "frozen" in rows(done.stdout)["conv1"]
+
+
+@pytest.mark.parametrize(
+    "line", ["custom_imports = dict(imports=['dcn_plugin'])", "runner_type = 'dcn_plugin.runner.Runner'"]
+)
+def test_a_config_that_imports_needs_no_note(config, line, capsys):
+    with open(config, "a") as file:
+        file.write(line + "\n")
+    main(["inspect", config, "--shape", "64", "64", "--cfg-options", "model.deformable.targets=layer4"])
+    assert "note:" not in capsys.readouterr().out
+
+
+def test_says_when_nothing_could_be_traced():
+    class Untraceable(Net):
+        def forward(self, x):
+            raise RuntimeError
+
+    assert "not counted, since the model could not be traced" in describe(Untraceable())
 
 
 @pytest.mark.parametrize(

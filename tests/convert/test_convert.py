@@ -202,12 +202,18 @@ def test_refuses_what_cannot_be_deformable(target, reason, caplog):
         (dict(targets="layer?.0", kernel_size=5), r"layer1.0 \(kernel 1x1\), layer2.0 \(kernel 3x3\)"),
         (dict(targets=[]), "targets must be patterns"),
         (dict(targets=[3]), "targets must be patterns"),
+        (dict(targets=None), "targets must be patterns.*got None"),
         (dict(type="DCNv3"), "must be DCN or DCNv2, or a subclass; got 'DCNv3'"),
         (dict(type=nn.Conv2d), "must be DCN or DCNv2"),
         (dict(last=4), "last=4, but 3 convolutions of Net qualify"),
         (dict(last=0), "last=0"),
+        (dict(last="1"), "last='1'"),
+        (dict(target="layer1"), "unknown option 'target'; nearest: targets"),
+        (dict(deform_group=2), "unknown option 'deform_group'; nearest: deform_groups"),
+        (dict(type="DCN", mask_scale=1), "unknown option 'mask_scale'"),
+        (dict(padding=1), "'padding' is no option: a convolution that becomes deformable keeps its own padding"),
         (dict(deform_groups=3), r"layer1.2 \(Conv2d.*divisible by deform_groups \(3\)"),
-        (dict(fallback_on_stride=False), "unexpected keyword argument 'fallback_on_stride'"),
+        (dict(fallback_on_stride=False), "unknown option 'fallback_on_stride'; there are deform_groups, .*max_offset"),
     ],
 )
 def test_errors_say_what_is_wrong_and_change_nothing(options, message):
@@ -241,6 +247,30 @@ class TestLoading:
         net = convert(Net())
         net.layer2.load_state_dict(Net().layer2.state_dict())
 
+    def test_of_a_converted_layer_alone_or_moved(self, caplog):
+        net, plain = convert(Net()), Net()
+        caplog.clear()
+        net.layer1[2].load_state_dict(plain.layer1[2].state_dict())
+        assert len(caplog.messages) == 1 and "lacks the offsets of 1 layers" in caplog.messages[0]
+        moved = nn.Sequential(net.layer1[2])
+        moved.load_state_dict(nn.Sequential(plain.layer1[2]).state_dict())
+
+    def test_of_a_layer_shared_with_an_unconverted_part(self):
+        conv = nn.Conv2d(4, 4, 3)
+        net = nn.ModuleDict(dict(a=nn.Sequential(conv), b=nn.Sequential(conv)))
+        plain = {key: value.clone() for key, value in net.state_dict().items()}
+        convert(net["a"])
+        net.load_state_dict(plain)
+
+    def test_twice_converted_says_each_layer_once(self, caplog):
+        net = nn.Sequential(convert(Net(), targets="layer1"))
+        convert(net, targets="*.layer2")
+        caplog.clear()
+        net.load_state_dict(nn.Sequential(Net()).state_dict())
+        text = " ".join(caplog.messages)
+        assert len(caplog.messages) == 2
+        assert [text.count(name) for name in ("layer1.2", "layer2.0", "layer2.1")] == [1, 1, 1]
+
     def test_changes_no_state_dict(self):
         state = Net().state_dict()
         keys = list(state)
@@ -265,12 +295,28 @@ class TestLoading:
             "conv1.bias", *(f"layer2.0.{key}" for key in ("weight", "conv_offset.weight", "conv_offset.bias"))
         }  # fmt: skip
 
-    def test_old_names_of_the_offsets(self):
-        net = nn.ModuleDict(dict(conv2=nn.Conv2d(4, 4, 3)))
+    @pytest.mark.parametrize("prefix", ["", "0."])
+    def test_old_names_of_the_offsets(self, prefix, caplog):
+        def build():
+            block = nn.ModuleDict(dict(conv2=nn.Conv2d(4, 4, 3)))
+            return nn.Sequential(block) if prefix else block
+
         state = {key.replace("conv2.conv_offset", "conv2_offset"): value + 1 for key, value in
-                 convert(copy.deepcopy(net)).state_dict().items()}  # fmt: skip
-        convert(net).load_state_dict(state)
-        assert net["conv2"].conv_offset.weight.eq(1).all()
+                 convert(build()).state_dict().items()}  # fmt: skip
+        assert f"{prefix}conv2_offset.weight" in state
+        net = convert(build())
+        caplog.clear()
+        net.load_state_dict(state)
+        assert net.get_submodule(f"{prefix}conv2").conv_offset.weight.eq(1).all()
+        assert not caplog.messages
+
+
+def test_says_which_layers_are_frozen(caplog):
+    net = Net()
+    net.layer1.requires_grad_(False)
+    with caplog.at_level(logging.INFO, "dcn_plugin"):
+        convert(net)
+    assert "frozen, and so their offsets: layer1.2" in caplog.messages[-1]
 
 
 class TestMmcv:

@@ -96,8 +96,35 @@ def test_of_members_of_a_sequence():
     assert deformable(built) == {"1.stage2.0": DCNv2}
 
 
-def test_an_argument_of_that_name_that_is_no_dict_is_not_ours():
-    assert OWN.build(dict(type="TakesDeformable", deformable=True)).deformable is True
+@pytest.mark.parametrize("value", [True, dict(targets="*")])
+def test_a_class_with_an_argument_of_that_name_gets_it(value):
+    assert OWN.build(dict(type="TakesDeformable", deformable=value)).deformable == value
+    assert MODELS.build(dict(type=TakesDeformable, deformable=value)).deformable == value
+    assert MODELS.build(dict(type="TakesDeformable", _scope_="own", deformable=value)).deformable == value
+
+
+@pytest.mark.parametrize("value", [True, "DCNv2", ["DCN"]])
+def test_other_values_are_an_error(value):
+    with pytest.raises(ValueError, match=r"deformable= takes a dict such as .*, or a list; got"):
+        OWN.build(dict(type="Stages", deformable=value))
+
+
+def test_a_list_converts_one_after_the_other():
+    keys = [dict(type="DCN", targets="stage1"), dict(type="DCNv2", targets="stage2")]
+    assert deformable(OWN.build(dict(type="Stages", deformable=keys))) == {"stage1.0": DCN, "stage2.0": DCNv2}
+
+
+@OWN.register_module()
+class OwnDCN(DCN):
+    pass
+
+
+@pytest.mark.parametrize("kind", ["own.OwnDCN", OwnDCN, "dcn_plugin.layers.DCN", DCN])
+def test_registered_subclasses_and_classes_by_path(kind):
+    expected = DCN if kind is DCN or "layers" in str(kind) else OwnDCN
+    assert deformable(OWN.build(dict(type="Stages", deformable=dict(type=kind, targets="stage1")))) == {
+        "stage1.0": expected
+    }
 
 
 def test_errors_name_the_pattern():
