@@ -59,7 +59,7 @@ def deform_conv2d(
         pair(stride, "stride"),
         pair(padding, "padding"),
         pair(dilation, "dilation"),
-        _tf32_allowed(),
+        input.is_cuda and _tf32_allowed(),
     )
 
 
