@@ -32,7 +32,7 @@ inline DeformConv2dShape make_deform_conv2d_shape(Sizes input, Sizes offset, Siz
   check_rank(weight, 4, "weight", "(Co, C / groups, kh, kw)");
   const auto check_pair = [](Sizes pair, int64_t least, const char* name) {
     check(pair.size() == 2 && pair[0] >= least && pair[1] >= least, name, " must be two integers of at least ", least,
-          ", got ", to_string(pair));
+          ", got ", pair);
   };
   check_pair(stride, 1, "stride");
   check_pair(padding, 0, "padding");
@@ -45,32 +45,31 @@ inline DeformConv2dShape make_deform_conv2d_shape(Sizes input, Sizes offset, Siz
   s.pad_h = padding[0], s.pad_w = padding[1];
   s.dilation_h = dilation[0], s.dilation_w = dilation[1];
   check(s.channels > 0 && s.height > 0 && s.width > 0, "input must have at least one channel and one pixel, got shape ",
-        to_string(input));
+        input);
   check(s.height <= std::numeric_limits<int32_t>::max() / s.width,
-        "input's maps must have less than 2^31 pixels, got shape ", to_string(input));
+        "input's maps must have less than 2^31 pixels, got shape ", input);
   check(weight[0] > 0 && weight[1] > 0 && weight[2] > 0 && weight[3] > 0, "weight must not be empty, got shape ",
-        to_string(weight));
+        weight);
 
-  check(s.channels % weight[1] == 0, "input channels must be a multiple of weight's channels per group: input ",
-        to_string(input), ", weight ", to_string(weight));
+  check(s.channels % weight[1] == 0, "input channels must be a multiple of weight's channels per group: input ", input,
+        ", weight ", weight);
   s.groups = s.channels / weight[1];
   check(s.out_channels % s.groups == 0, "weight's output channels must be divisible by groups = ", s.groups, ": input ",
-        to_string(input), ", weight ", to_string(weight));
+        input, ", weight ", weight);
 
   s.out_height = (s.height + 2 * s.pad_h - s.dilation_h * (s.kernel_h - 1) - 1) / s.stride_h + 1;
   s.out_width = (s.width + 2 * s.pad_w - s.dilation_w * (s.kernel_w - 1) - 1) / s.stride_w + 1;
   check(s.height + 2 * s.pad_h >= s.dilation_h * (s.kernel_h - 1) + 1 &&
             s.width + 2 * s.pad_w >= s.dilation_w * (s.kernel_w - 1) + 1,
-        "the dilated kernel is larger than the padded input: input ", to_string(input), ", weight ", to_string(weight),
-        ", padding ", to_string(padding), ", dilation ", to_string(dilation));
+        "the dilated kernel is larger than the padded input: input ", input, ", weight ", weight, ", padding ", padding,
+        ", dilation ", dilation);
 
   const int64_t per_group = 2 * s.taps();
   check(offset[1] > 0 && offset[1] % per_group == 0,
-        "offset's channels must be a multiple of 2 * kh * kw = ", per_group, ": offset ", to_string(offset),
-        ", weight ", to_string(weight));
+        "offset's channels must be a multiple of 2 * kh * kw = ", per_group, ": offset ", offset, ", weight ", weight);
   s.deform_groups = offset[1] / per_group;
   check(s.channels % s.deform_groups == 0, "input channels must be divisible by deform_groups = ", s.deform_groups,
-        ": input ", to_string(input), ", offset ", to_string(offset));
+        ": input ", input, ", offset ", offset);
   check_shape(offset, {s.batch, offset[1], s.out_height, s.out_width}, "offset",
               "(N, 2 * deform_groups * kh * kw, Ho, Wo)");
   if (mask)

@@ -42,22 +42,20 @@ inline DeformPSRoIPoolShape make_deform_ps_roi_pool_shape(Sizes input, Sizes roi
                                                           double trans_std) {
   check_rank(input, 4, "input", "(N, output_dim * group_size^2, H, W)");
   check_rank(rois, 2, "rois", "(K, 5)");
-  check(rois[1] == 5, "rois must have shape (K, 5), each row (batch index, x1, y1, x2, y2), got ", to_string(rois));
+  check(rois[1] == 5, "rois must have shape (K, 5), each row (batch index, x1, y1, x2, y2), got ", rois);
   const auto check_grid = [](Sizes size, const char* name) {
-    check(size.size() == 2 && size[0] > 0 && size[1] > 0, name, " must be two positive integers, got ",
-          to_string(size));
+    check(size.size() == 2 && size[0] > 0 && size[1] > 0, name, " must be two positive integers, got ", size);
   };
   check_grid(output_size, "output_size");
   check_grid(group_size, "group_size");
   check_grid(part_size, "part_size");
   check(sample_per_part > 0, "sample_per_part must be positive, got ", sample_per_part);
   check(input[1] > 0 && input[2] > 0 && input[3] > 0, "input must have at least one channel and one pixel, got shape ",
-        to_string(input));
+        input);
   check(input[2] <= std::numeric_limits<int32_t>::max() / input[3],
-        "input's maps must have less than 2^31 pixels, got shape ", to_string(input));
+        "input's maps must have less than 2^31 pixels, got shape ", input);
   check(input[1] % group_size[0] == 0 && input[1] / group_size[0] % group_size[1] == 0, "input must have output_dim * ",
-        group_size[0], " * ", group_size[1], " channels for group_size ", to_string(group_size), ", got shape ",
-        to_string(input));
+        group_size[0], " * ", group_size[1], " channels for group_size ", group_size, ", got shape ", input);
   const int64_t output_dim = input[1] / group_size[0] / group_size[1];
   int64_t classes = 1;
   if (offset) {
@@ -65,7 +63,7 @@ inline DeformPSRoIPoolShape make_deform_ps_roi_pool_shape(Sizes input, Sizes roi
     classes = (*offset)[1] / 2;
     check(classes > 0 && (*offset)[1] == 2 * classes && output_dim % classes == 0,
           "offset must have 2 * classes channels, for a number of classes that divides the ", output_dim,
-          " output channels, got ", to_string(*offset), " for input ", to_string(input));
+          " output channels, got ", *offset, " for input ", input);
     check_shape(*offset, {rois[0], 2 * classes, part_size[0], part_size[1]}, "offset",
                 "(K, 2 * classes, part height, part width)");
   }

@@ -26,8 +26,8 @@ inline std::optional<Sizes> sizes(const std::optional<Tensor>& t) {
 inline Sizes sizes(const IntList& list) { return {list.data(), list.size()}; }
 
 inline void check_same_device(const Tensor& t, const Tensor& input, const char* name) {
-  check(t.device() == input.device(), name, " must be on input's device (shapes: input ", to_string(sizes(input)), ", ",
-        name, " ", to_string(sizes(t)), ")");
+  check(t.device() == input.device(), name, " must be on input's device (shapes: input ", sizes(input), ", ", name, " ",
+        sizes(t), ")");
 }
 
 // Throws unless `t` has input's dtype and device.
@@ -36,7 +36,7 @@ inline void check_like_input(const std::optional<Tensor>& t, const Tensor& input
   check_same_device(*t, input, name);
   check(t->scalar_type() == input.scalar_type(), name, " must have input's dtype ",
         torch::headeronly::toString(input.scalar_type()), ", got ", torch::headeronly::toString(t->scalar_type()),
-        " (shapes: input ", to_string(sizes(input)), ", ", name, " ", to_string(sizes(*t)), ")");
+        " (shapes: input ", sizes(input), ", ", name, " ", sizes(*t), ")");
 }
 
 inline void check_floating(const Tensor& t, const char* name) {
