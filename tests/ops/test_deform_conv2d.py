@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import BASE, CONV_CASES, STRIDED, check_against, random_gradient, relative_error, run
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -246,8 +247,9 @@ def test_export(device):
     assert torch.equal(exported.module()(*args), Layer()(*args))
 
 
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
-def test_tf32_where_matrix_products_may(precision, set_matmul_precision):
+def test_tf32_on_cuda_where_matrix_products_may(precision, kind, set_matmul_precision):
     class Spy(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if "deform_conv2d" in str(func):
@@ -256,9 +258,11 @@ def test_tf32_where_matrix_products_may(precision, set_matmul_precision):
 
     set_matmul_precision(precision)
     allowed = []
-    with Spy():
-        deform_conv2d(**BASE.make(torch.float32, "cpu"), **BASE.options)
-    assert allowed == [precision == "tf32"]
+    with FakeTensorMode():  # it knows CUDA without a GPU
+        tensors = {name: torch.empty_like(t, device=kind) for name, t in BASE.make(torch.float32, "cpu").items()}
+        with Spy():
+            deform_conv2d(**tensors, **BASE.options)
+    assert allowed == [precision == "tf32" and kind == "cuda"]
 
 
 MMCV_CASES = ["base", "v1", "no-bias", "v1-no-bias", "groups", "deform-groups", "stride", "dilation"]
