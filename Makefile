@@ -24,7 +24,7 @@ lint: setup  ## run the linters over all files
 
 format: lint  ## as lint: the linters fix what they can
 
-bench: setup  ## time operators and a detector beside their peers (15 to 20 minutes; ARGS="--quick": one)
+bench: setup  ## time operators and a detector beside their peers (20 minutes; ARGS="--quick": one)
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean:  ## remove what was built; data, trained models and .venv stay

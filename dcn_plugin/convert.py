@@ -160,7 +160,7 @@ def _pad_to_stride(conv: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
 
 
 def _prepare_loading(module: nn.Module, converted: list[Candidate]) -> None:
-    containers: dict[str, list[str]] = {"": []}  # the names of the converted layers in each
+    containers: dict[str, list[str]] = {}  # the names of the converted layers in each
     for candidate in converted:
         candidate.conv.register_load_state_dict_pre_hook(_keep_offsets)
         for name in candidate.names:
@@ -168,9 +168,8 @@ def _prepare_loading(module: nn.Module, converted: list[Candidate]) -> None:
             if leaf:
                 # Registered once more, for what watches registrations: it renames the offsets of old checkpoints.
                 module.get_submodule(parent).add_module(leaf, candidate.conv)
-                containers[""].append(name)
-            parts = name.split(".")
-            for end in range(1, len(parts)):
+            parts = name.split(".") if name else []
+            for end in range(len(parts)):
                 containers.setdefault(".".join(parts[:end]), []).append(".".join(parts[end:]))
     for path, names in containers.items():
         module.get_submodule(path).register_load_state_dict_pre_hook(

@@ -69,7 +69,7 @@ def inspect(config: Config, shape: tuple[int, int] = (800, 1216)) -> str:
     model = build(config)
     table = describe(model, shape)
     imports = (config.get("custom_imports") or {}).get("imports") or []
-    named = [imports] if isinstance(imports, str) else [*imports, config.get("runner_type") or ""]
+    named = [*([imports] if isinstance(imports, str) else imports), config.get("runner_type") or ""]
     if any(hasattr(m, "chosen_by") for m in model.modules()) and not any("dcn_plugin" in one for one in named):
         table += (
             "\nnote: this config does not import dcn_plugin. Training needs custom_imports=dict(imports=['dcn_plugin'])"
