@@ -29,9 +29,9 @@ class Detector(Case):
         return ("training iteration" if self.training else "inference",)
 
     def contenders(self, device, threads):
-        import dcn_plugin  # registers its DCNv2
+        import dcn_plugin.mmdet  # registers 'DCNv2'
 
-        kinds = dict(plain=None, dcn_plugin=dcn_plugin.layers.DCNv2)
+        kinds = dict(plain=None, dcn_plugin=dcn_plugin.layers.ModulatedDeformConv2dPack)
         if mmcv := peers.load("mmcv")[0]:
             kinds["mmcv"] = mmcv.ModulatedDeformConv2dPack
         plain = None

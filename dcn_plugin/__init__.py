@@ -1,10 +1,12 @@
-"""Deformable convolution and RoI operators for MMDetection.
+"""Deformable convolution (v1, v2) and deformable RoI operators for CPU and CUDA; needs torch alone.
 
-``dcn_plugin.ops`` and ``dcn_plugin.layers`` need torch alone. Where MMEngine is installed, importing this package
-registers the layers, so that ``custom_imports = dict(imports=['dcn_plugin'])`` is all a config needs.
+Importing this changes nothing outside the package. :mod:`dcn_plugin.mmdet` makes the operators known to MMDetection;
+configs name it: ``custom_imports = dict(imports=["dcn_plugin.mmdet"])``.
 """
 
 __version__ = "0.1.0"
 
-from . import registration  # noqa: F401
-from .convert import convert  # noqa: F401
+from . import layers, ops
+from .convert import convert
+
+__all__ = ["convert", "layers", "ops"]

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layers import DCN, DCNv2
+from .layers import DeformConv2dPack, ModulatedDeformConv2dPack
+from .layers.old_offsets import rename_old_offsets
 from .targets import PADS_ITSELF, Candidate, Options, candidates_of, choose, class_of, listed, name_of
 
-KINDS = {"DCN": DCN, "DCNv2": DCNv2}
+KINDS = {"DCN": DeformConv2dPack, "DCNv2": ModulatedDeformConv2dPack}
 
 logger = logging.getLogger("dcn_plugin")
 
@@ -65,7 +66,7 @@ def convert(
     """
     kind = _kind(type)
     _check_names(kind, conv_kwargs)
-    if issubclass(kind, DCNv2):
+    if issubclass(kind, ModulatedDeformConv2dPack):
         conv_kwargs.setdefault("mask_scale", 2.0)
     candidates = list(candidates_of(module))
     options = Options(kernel_size, stride, depthwise, min_channels)
@@ -164,10 +165,8 @@ def _prepare_loading(module: nn.Module, converted: list[Candidate]) -> None:
     for candidate in converted:
         candidate.conv.register_load_state_dict_pre_hook(_keep_offsets)
         for name in candidate.names:
-            parent, _, leaf = name.rpartition(".")
-            if leaf:
-                # Registered once more, for what watches registrations: it renames the offsets of old checkpoints.
-                module.get_submodule(parent).add_module(leaf, candidate.conv)
+            if name:
+                rename_old_offsets(module.get_submodule(name.rpartition(".")[0]))
             parts = name.split(".") if name else []
             for end in range(len(parts)):
                 containers.setdefault(".".join(parts[:end]), []).append(".".join(parts[end:]))

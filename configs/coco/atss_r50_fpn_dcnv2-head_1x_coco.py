@@ -1,6 +1,6 @@
 _base_ = "mmdet::atss/atss_r50_fpn_1x_coco.py"
 
-custom_imports = dict(imports=["dcn_plugin"])
+custom_imports = dict(imports=["dcn_plugin.mmdet"])
 
 model = dict(bbox_head=dict(deformable=dict(type="DCNv2", targets=["cls_convs.3", "reg_convs.3"])))
 

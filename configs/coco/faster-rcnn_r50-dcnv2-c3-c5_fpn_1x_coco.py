@@ -1,6 +1,6 @@
 _base_ = "mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py"
 
-custom_imports = dict(imports=["dcn_plugin"])
+custom_imports = dict(imports=["dcn_plugin.mmdet"])
 
 model = dict(
     backbone=dict(

@@ -1,6 +1,6 @@
 _base_ = "mmdet::rtmdet/rtmdet_s_8xb32-300e_coco.py"
 
-custom_imports = dict(imports=["dcn_plugin"])
+custom_imports = dict(imports=["dcn_plugin.mmdet"])
 
 # To predict the offsets of the depthwise 5x5 convolutions too would cost five times as much as it does without them.
 model = dict(backbone=dict(deformable=dict(type="DCNv2", targets=["stage3", "stage4"], depthwise=False)))

@@ -1,7 +1,7 @@
 """FCOS on a slim ResNet-50 with DCNv2 in its last three stages, from scratch, on the digits of projects/digits."""
 
 _base_ = "mmdet::_base_/default_runtime.py"
-custom_imports = dict(imports=["dcn_plugin"], allow_failed_imports=False)
+custom_imports = dict(imports=["dcn_plugin.mmdet"], allow_failed_imports=False)
 
 num_classes = 10
 channels = 64  # of the neck and the head

@@ -3,6 +3,7 @@
 import logging
 from collections import defaultdict
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -13,7 +14,7 @@ from mmengine.utils import import_modules_from_strings
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from dcn_plugin.convert import logger
+from dcn_plugin.convert import KINDS, logger
 from dcn_plugin.layers import DeformConv2d, ModulatedDeformConv2d
 from dcn_plugin.layers.zero_init import ZeroInitConv2d
 
@@ -43,6 +44,7 @@ def add_parser(subparsers) -> None:
 
 def load(name: str, options: dict | None = None) -> Config:
     """A config by file name or as 'package::path', options merged in, and what it then says to import imported."""
+    import_module("dcn_plugin.mmdet" if find_spec("mmdet") else "dcn_plugin.mmengine")
     package, _, path = name.partition("::")
     if path and find_spec(package) is None:
         raise ValueError(f"{name}: there is no package {package!r}")
@@ -70,11 +72,13 @@ def inspect(config: Config, shape: tuple[int, int] = (800, 1216)) -> str:
     table = describe(model, shape)
     imports = (config.get("custom_imports") or {}).get("imports") or []
     named = [*([imports] if isinstance(imports, str) else imports), config.get("runner_type") or ""]
-    if any(hasattr(m, "chosen_by") for m in model.modules()) and not any("dcn_plugin" in one for one in named):
+    floors = "dcn_plugin.mmdet", "dcn_plugin.mmengine"
+    if any(hasattr(m, "chosen_by") for m in model.modules()) and not any(one.startswith(floors) for one in named):
         table += (
-            "\nnote: this config does not import dcn_plugin. Training needs custom_imports=dict(imports=['dcn_plugin'])"
+            "\nnote: this config does not import dcn_plugin.mmdet. Training needs "
+            "custom_imports=dict(imports=['dcn_plugin.mmdet']) in the file, or "
+            "--cfg-options runner_type=dcn_plugin.mmdet.Runner"
         )
-        table += " in the file, or --cfg-options runner_type=dcn_plugin.runner.Runner"
     return table
 
 
@@ -102,7 +106,7 @@ def describe(model: nn.Module, shape: tuple[int, int] = (800, 1216)) -> str:
                 f"{conv.in_channels}->{conv.out_channels}",
                 "x".join(map(str, conv.kernel_size)),
                 _details(conv),
-                type(conv).__name__ if deformable else "",
+                _kind(conv) if deformable else "",
                 getattr(conv, "chosen_by", ""),
                 f"{parameters:,}" if deformable else "",
                 _giga(own),
@@ -165,6 +169,11 @@ def _attempt(function: Callable, inputs):
             return function(inputs)
     except Exception:  # of any kind: what was reached is counted, the rest is marked
         return None
+
+
+def _kind(conv: nn.Module) -> str:
+    """The name that configs have for a class, where there is one."""
+    return next((name for name, kind in KINDS.items() if type(conv) is kind), type(conv).__name__)
 
 
 def _details(conv: nn.Module) -> str:

@@ -1,23 +1,24 @@
 """Deformable layers as ``nn.Module``; needs torch alone.
 
-``DCN`` and ``DCNv2`` stand where an ``nn.Conv2d`` stood and predict their own offsets, the RoI packs
-where a RoI layer stood; ``DeformConv2d``, ``ModulatedDeformConv2d``, ``DeformRoIAlign`` and
-``DeformPSRoIPool`` are given theirs.
+The packs predict their own offsets: ``DeformConv2dPack`` ('DCN' in MMDetection's configs) and
+``ModulatedDeformConv2dPack`` ('DCNv2') stand where an ``nn.Conv2d`` stood, the RoI packs and ``DeformRFCNPool`` where a
+RoI layer stood. ``DeformConv2d``, ``ModulatedDeformConv2d``, ``DeformRoIAlign`` and ``DeformPSRoIPool`` are given
+offsets.
 """
 
-from .deform_conv2d import DCN, DCNv2, DeformConv2d, ModulatedDeformConv2d
-from .deform_ps_roi_pool import DeformPSRoIConvPack, DeformPSRoIPool, DeformPSRoIPoolPack
+from .deform_conv2d import DeformConv2d, DeformConv2dPack, ModulatedDeformConv2d, ModulatedDeformConv2dPack
+from .deform_ps_roi_pool import DeformPSRoIPool, DeformPSRoIPoolPack, DeformRFCNPool
 from .deform_roi_align import DeformRoIAlign, DeformRoIAlignPack, ModulatedDeformRoIAlignPack
 
 __all__ = [
-    "DCN",
-    "DCNv2",
     "DeformConv2d",
-    "DeformPSRoIConvPack",
+    "DeformConv2dPack",
     "DeformPSRoIPool",
     "DeformPSRoIPoolPack",
+    "DeformRFCNPool",
     "DeformRoIAlign",
     "DeformRoIAlignPack",
     "ModulatedDeformConv2d",
+    "ModulatedDeformConv2dPack",
     "ModulatedDeformRoIAlignPack",
 ]

@@ -1,5 +1,5 @@
-"""Deformable convolution layers: given their offsets (DeformConv2d, ModulatedDeformConv2d) or predicting them (DCN,
-DCNv2).
+"""Deformable convolution layers: given their offsets (DeformConv2d, ModulatedDeformConv2d) or predicting them (the
+packs).
 
 All are ``nn.Conv2d``, and name it among their direct bases, since mmengine's init rules look no further up than that:
 they are initialised and folded with a batch norm like the convolution they stand for.
@@ -8,12 +8,11 @@ they are initialised and folded with a batch norm like the convolution they stan
 import warnings
 
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.modules.utils import _pair
 
 from dcn_plugin.ops import deform_conv2d
 
-from .bound import checked_bound
+from .max_offset import checked_bound
 from .zero_init import ZeroInitConv2d
 
 
@@ -208,7 +207,7 @@ class _PredictsOffsets:
         return self._conv_forward(x, self.weight, self.bias)
 
 
-class DCN(_PredictsOffsets, DeformConv2d, nn.Conv2d):
+class DeformConv2dPack(_PredictsOffsets, DeformConv2d, nn.Conv2d):
     """Deformable convolution v1 that predicts its own offsets; stands wherever an ``nn.Conv2d`` does.
 
     Until training moves ``conv_offset`` from zero it computes what the plain convolution computes. Arguments and errors
@@ -222,14 +221,14 @@ class DCN(_PredictsOffsets, DeformConv2d, nn.Conv2d):
         return self._deform(input, self.conv_offset(input), weight, bias)
 
 
-class DCNv2(_PredictsOffsets, ModulatedDeformConv2d, nn.Conv2d):
+class ModulatedDeformConv2dPack(_PredictsOffsets, ModulatedDeformConv2d, nn.Conv2d):
     """Deformable convolution v2 that predicts its own offsets and mask; stands wherever an ``nn.Conv2d`` does.
 
     The mask is ``mask_scale`` times the sigmoid of ``conv_offset``'s last third. With a scale of 1, as in every
     published model, it starts at 0.5: a new layer computes half of what the plain convolution computes (plus the bias).
     With a scale of 2 it starts at 1, exactly, so that a trained convolution may become this layer; :func:`convert`
     does so. Other arguments and errors are those of :class:`ModulatedDeformConv2d`, the state dict's keys those of
-    :class:`DCN`: the scale is a matter of the config, as the stride is.
+    :class:`DeformConv2dPack`: the scale is a matter of the config, as the stride is.
     """
 
     _channels_per_tap = 3
@@ -250,25 +249,3 @@ class DCNv2(_PredictsOffsets, ModulatedDeformConv2d, nn.Conv2d):
     def extra_repr(self) -> str:
         scale = "" if self.mask_scale == 1 else f", mask_scale={self.mask_scale:g}"
         return super().extra_repr() + scale
-
-
-def _adopt_old_offsets(parent, state_dict, prefix, *_) -> None:
-    """Renames old checkpoints' ``conv2_offset.*``, beside a DCN named conv2, to ``conv2.conv_offset.*``.
-
-    Loading shows a module only the keys under its own name, so it is the parent that has to do this.
-    """
-    for name, child in parent.named_children():
-        if not isinstance(child, _PredictsOffsets) or hasattr(parent, f"{name}_offset"):
-            continue
-        for kind in ("weight", "bias"):
-            old, new = f"{prefix}{name}_offset.{kind}", f"{prefix}{name}.conv_offset.{kind}"
-            if old in state_dict and new not in state_dict:
-                state_dict[new] = state_dict.pop(old)
-
-
-def _prepare_parent(parent, name, child) -> None:
-    if isinstance(child, _PredictsOffsets):
-        parent.register_load_state_dict_pre_hook(_adopt_old_offsets)
-
-
-register_module_module_registration_hook(_prepare_parent)

@@ -1,12 +1,12 @@
 """Deformable position-sensitive RoI pooling layers: given offsets and score maps (DeformPSRoIPool), or predicting the
-offsets from the straight bins (the pack), or both by convolutions (DeformPSRoIConvPack)."""
+offsets from the straight bins (the pack), or both by convolutions (DeformRFCNPool)."""
 
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from dcn_plugin.ops import deform_ps_roi_pool
 
-from .bound import bounded_share, checked_bound
+from .max_offset import bounded_share, checked_bound
 from .zero_init import ZeroInitConv2d, ZeroInitLinear
 
 
@@ -100,7 +100,7 @@ class DeformPSRoIPoolPack(DeformPSRoIPool):
         output_size, group_size, part_size, sample_per_part, spatial_scale, trans_std, max_offset: as of
             :class:`DeformPSRoIPool`.
         output_dim: channels of the output; the map has output_dim * gh * gw.
-        num_classes: of offsets, each moving its share of the output channels.
+        offset_classes: of offsets, each moving its share of the output channels.
         deform_fc_channels: width of the hidden linear layers.
     """
 
@@ -111,7 +111,7 @@ class DeformPSRoIPoolPack(DeformPSRoIPool):
         group_size=None,
         part_size=None,
         sample_per_part=4,
-        num_classes=1,
+        offset_classes=1,
         deform_fc_channels=1024,
         spatial_scale=1.0,
         trans_std=0.1,
@@ -119,24 +119,24 @@ class DeformPSRoIPoolPack(DeformPSRoIPool):
     ):
         super().__init__(output_size, group_size, part_size, sample_per_part, spatial_scale, trans_std, max_offset)
         self.output_dim = output_dim
-        self.num_classes = num_classes
+        self.offset_classes = offset_classes
         (out_h, out_w), (part_h, part_w) = self.output_size, self.part_size
         self.offset_fc = nn.Sequential(
             nn.Linear(output_dim * out_h * out_w, deform_fc_channels),
             nn.ReLU(inplace=True),
             nn.Linear(deform_fc_channels, deform_fc_channels),
             nn.ReLU(inplace=True),
-            ZeroInitLinear(deform_fc_channels, 2 * num_classes * part_h * part_w),
+            ZeroInitLinear(deform_fc_channels, 2 * offset_classes * part_h * part_w),
         )
 
     def forward(self, input: Tensor, rois: Tensor) -> Tensor:
         """(N, output_dim * gh * gw, H, W) and rois (K, 5) to (K, output_dim, oh, ow)."""
         straight = super().forward(input, rois).flatten(1)
-        offset = self.offset_fc(straight).unflatten(1, (2 * self.num_classes, *self.part_size))
+        offset = self.offset_fc(straight).unflatten(1, (2 * self.offset_classes, *self.part_size))
         return super().forward(input, rois, offset)
 
 
-class DeformPSRoIConvPack(DeformPSRoIPool):
+class DeformRFCNPool(DeformPSRoIPool):
     """Deformable position-sensitive RoI pooling of ordinary features: the branch of Deformable R-FCN, the paper's
     figure 4.
 
@@ -150,7 +150,7 @@ class DeformPSRoIConvPack(DeformPSRoIPool):
             :class:`DeformPSRoIPool`.
         in_channels: of the features.
         output_dim: channels of the output.
-        num_classes: of offsets, each moving its share of the output channels; 0 for no offsets, R-FCN's own pooling.
+        offset_classes: of offsets, each moving its share of the output channels; 0 for no offsets, R-FCN's own pooling.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class DeformPSRoIConvPack(DeformPSRoIPool):
         output_size,
         in_channels,
         output_dim,
-        num_classes=1,
+        offset_classes=1,
         group_size=None,
         part_size=None,
         sample_per_part=4,
@@ -172,8 +172,8 @@ class DeformPSRoIConvPack(DeformPSRoIPool):
         nn.init.normal_(self.score_maps.weight, std=0.01)
         nn.init.zeros_(self.score_maps.bias)
         self.offset_fields = None
-        if num_classes:
-            self.offset_fields = ZeroInitConv2d(in_channels, 2 * num_classes * part_h * part_w, 1)
+        if offset_classes:
+            self.offset_fields = ZeroInitConv2d(in_channels, 2 * offset_classes * part_h * part_w, 1)
 
     def forward(self, input: Tensor, rois: Tensor) -> Tensor:
         """Features (N, in_channels, H, W) and rois (K, 5) to (K, output_dim, oh, ow)."""

@@ -5,7 +5,7 @@ from torch.nn.modules.utils import _pair
 
 from dcn_plugin.ops import deform_roi_align
 
-from .bound import bounded_share, checked_bound
+from .max_offset import bounded_share, checked_bound
 from .zero_init import ZeroInitLinear
 
 

@@ -255,7 +255,7 @@ def test_memory_is_measured_in_a_process_of_its_own():
 
 def test_detector_trains_with_deformable_stages():
     pytest.importorskip("mmdet.models")
-    layer = dcn_plugin.layers.DCNv2
+    layer = dcn_plugin.layers.ModulatedDeformConv2dPack
     model = detector.build(layer)
     assert sum(isinstance(module, layer) for module in model.modules()) == 4 + 6 + 3
     case = detector.Detector("", size=(64, 64))

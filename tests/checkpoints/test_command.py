@@ -11,7 +11,7 @@ from torch import nn
 
 from dcn_plugin.__main__ import main
 from dcn_plugin.commands.convert_checkpoint import convert_checkpoint
-from dcn_plugin.layers import DCN, DCNv2
+from dcn_plugin.layers import DeformConv2dPack, ModulatedDeformConv2dPack
 
 from .conftest import assert_same, convert, randomised
 
@@ -175,7 +175,7 @@ def test_a_training_checkpoint_of_mmengines(tmp_path):
     assert written["state_dict"]._metadata == state._metadata
 
 
-@pytest.mark.parametrize("pack", [DCN, DCNv2])
+@pytest.mark.parametrize("pack", [DeformConv2dPack, ModulatedDeformConv2dPack])
 def test_offsets_of_old_mmcvs(pack, tmp_path):
     def block():
         module = nn.Sequential()
@@ -210,7 +210,7 @@ def resnet_18(prefix=""):
 
 
 def config_file(tmp_path, model):
-    Config(dict(default_scope="mmdet", custom_imports=dict(imports=["dcn_plugin"]), model=model)).dump(
+    Config(dict(default_scope="mmdet", custom_imports=dict(imports=["dcn_plugin.mmdet"]), model=model)).dump(
         tmp_path / "c.py"
     )
     return str(tmp_path / "c.py")

@@ -12,7 +12,7 @@ from mmengine.registry import init_default_scope
 from torch import nn
 from torch.nn import functional as F
 
-import dcn_plugin  # noqa: F401
+import dcn_plugin.mmdet  # noqa: F401
 from dcn_plugin.commands.convert_checkpoint import convert_checkpoint
 from dcn_plugin.ops import reference
 

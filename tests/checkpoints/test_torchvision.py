@@ -7,8 +7,8 @@ from mmengine.registry import init_default_scope
 from torch import nn
 from torch.nn import functional as F
 
-import dcn_plugin  # noqa: F401
-from dcn_plugin.layers import DCN, DCNv2
+import dcn_plugin.mmdet  # noqa: F401
+from dcn_plugin.layers import DeformConv2dPack, ModulatedDeformConv2dPack
 from dcn_plugin.ops import reference
 
 from .conftest import assert_loads, assert_same, convert, randomised
@@ -149,7 +149,9 @@ def assert_converted(source, target, tmp_path, **options):
 def test_siblings(groups, modulated, tmp_path):
     target = nn.Sequential()
     target.conv1 = plain(4, 6)
-    target.conv2 = (DCNv2 if modulated else DCN)(6, 5, 3, 2, 1, deform_groups=groups, bias=True)
+    target.conv2 = (ModulatedDeformConv2dPack if modulated else DeformConv2dPack)(
+        6, 5, 3, 2, 1, deform_groups=groups, bias=True
+    )
     options = dict(offset_name="{}_offset", mask_name="{}_mask" if modulated else None)
     text = assert_converted(Siblings(groups, modulated), target, tmp_path, **options)
     assert "merged into conv_offset, 1: conv2" in text
@@ -164,7 +166,7 @@ def test_siblings(groups, modulated, tmp_path):
 
 
 def test_a_wrapper_becomes_the_layer(tmp_path):
-    layer = DCNv2(4, 6, 3, 1, 1, bias=False, mask_scale=2)
+    layer = ModulatedDeformConv2dPack(4, 6, 3, 1, 1, bias=False, mask_scale=2)
     source, target = nn.Sequential(), nn.Sequential()
     source.layer, target.layer = Wrapper(), layer
     options = dict(offset_name="offset_conv", mask_name="modulator_conv", rename=[r"\.regular_conv\.=."])
@@ -173,15 +175,15 @@ def test_a_wrapper_becomes_the_layer(tmp_path):
 
 
 def test_the_holder_is_the_convolution(tmp_path):
-    assert_converted(Holder(), DCN(4, 6, 3, 1, 1, bias=True), tmp_path, offset_name="predictor.0")
+    assert_converted(Holder(), DeformConv2dPack(4, 6, 3, 1, 1, bias=True), tmp_path, offset_name="predictor.0")
     source, target = nn.Sequential(), nn.Sequential()
-    source.one, target.one = Holder(), DCN(4, 6, 3, 1, 1, bias=True)
+    source.one, target.one = Holder(), DeformConv2dPack(4, 6, 3, 1, 1, bias=True)
     assert_converted(source, target, tmp_path, offset_name="predictor.0")
 
 
 def test_offsets_and_mask_of_one_convolution(tmp_path):
     target = nn.Module()
-    target.deform = DCNv2(4, 6, 3, 1, 1)
+    target.deform = ModulatedDeformConv2dPack(4, 6, 3, 1, 1)
     target.forward = target.deform.forward
     assert_converted(Joint(), target, tmp_path, offset_name="p_conv")
 

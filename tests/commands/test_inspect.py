@@ -82,12 +82,12 @@ def test_the_command_in_a_fresh_process(config):
     assert done.returncode == 0, done.stderr
     chosen = [line.split()[0] for line in done.stdout.splitlines() if re.search(r"DCN +layer", line)]
     assert chosen == ["layer3.1.conv2", "layer4.1.conv1", "layer4.1.conv2"]
-    assert "note: this config does not import dcn_plugin" in done.stdout
+    assert "note: this config does not import dcn_plugin.mmdet" in done.stdout
     assert "frozen" in rows(done.stdout)["conv1"]
 
 
 @pytest.mark.parametrize(
-    "line", ["custom_imports = dict(imports=['dcn_plugin'])", "runner_type = 'dcn_plugin.runner.Runner'"]
+    "line", ["custom_imports = dict(imports=['dcn_plugin.mmdet'])", "runner_type = 'dcn_plugin.mmdet.Runner'"]
 )
 def test_a_config_that_imports_needs_no_note(config, line, capsys):
     with open(config, "a") as file:

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from dcn_plugin import convert
-from dcn_plugin.layers import DCN, DCNv2
+from dcn_plugin.layers import DeformConv2dPack, ModulatedDeformConv2dPack
 
-KINDS = pytest.mark.parametrize("kind", [DCN, DCNv2])
+KINDS = pytest.mark.parametrize("kind", [DeformConv2dPack, ModulatedDeformConv2dPack])
 
 
 class Net(nn.Module):
@@ -28,14 +28,18 @@ class Net(nn.Module):
 
 
 def deformable(module):
-    return [name for name, child in module.named_modules() if isinstance(child, (DCN, DCNv2))]
+    return [
+        name
+        for name, child in module.named_modules()
+        if isinstance(child, (DeformConv2dPack, ModulatedDeformConv2dPack))
+    ]
 
 
 @KINDS
 def test_computes_what_it_computed(kind):
     net, x = Net().eval(), torch.randn(2, 3, 32, 40)
     expected = net(x)
-    assert convert(net, kind.__name__) is net
+    assert convert(net, kind) is net
     assert deformable(net) == ["layer1.2", "layer2.0", "layer2.1"]
     torch.testing.assert_close(net(x), expected, rtol=1e-5, atol=1e-5)
 
@@ -43,7 +47,7 @@ def test_computes_what_it_computed(kind):
 def test_the_mask_is_one_exactly_and_natively_a_half():
     x = torch.randn(1, 4, 6, 6, dtype=torch.float64)
     conv = nn.Conv2d(4, 4, 1, bias=False, dtype=torch.float64)
-    native = DCNv2(4, 4, 1, bias=False, dtype=torch.float64)
+    native = ModulatedDeformConv2dPack(4, 4, 1, bias=False, dtype=torch.float64)
     native.load_state_dict(conv.state_dict(), strict=False)
     expected = conv(x)
     torch.testing.assert_close(native(x), expected / 2, rtol=1e-15, atol=1e-15)
@@ -101,7 +105,7 @@ def test_shared_modules_and_references_stay_shared():
     conv = nn.Conv2d(4, 4, 3)
     net = nn.ModuleDict(dict(a=nn.Sequential(conv), b=nn.Sequential(conv, nn.ReLU())))
     convert(net, targets="b")
-    assert net["a"][0] is net["b"][0] is conv and type(conv) is DCNv2
+    assert net["a"][0] is net["b"][0] is conv and type(conv) is ModulatedDeformConv2dPack
     twin = nn.Conv2d(4, 4, 3)
     twin.weight = conv.weight
     convert(twin)
@@ -131,7 +135,11 @@ def test_copies_pickles_and_trains(kind):
 def test_once_more_converts_the_rest():
     net = convert(Net(), targets="layer1")
     convert(net, "DCN", targets="layer2")
-    assert [type(net.get_submodule(name)) for name in deformable(net)] == [DCNv2, DCN, DCN]
+    assert [type(net.get_submodule(name)) for name in deformable(net)] == [
+        ModulatedDeformConv2dPack,
+        DeformConv2dPack,
+        DeformConv2dPack,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -331,7 +339,7 @@ class TestMmcv:
 
     def test_mmcvs_own_wrapper(self):
         bricks = pytest.importorskip("mmcv.cnn.bricks")
-        assert type(convert(bricks.Conv2d(4, 4, 3))) is DCNv2
+        assert type(convert(bricks.Conv2d(4, 4, 3))) is ModulatedDeformConv2dPack
 
     @pytest.mark.parametrize("name", ["ConvWS2d", "ConvAWS2d"])
     def test_standardised_weights_are_refused(self, name):

@@ -11,7 +11,7 @@ pytest.importorskip("mmdet")
 from mmdet.registry import MODELS
 from mmengine.registry import init_default_scope
 
-from dcn_plugin.layers import DCN, DCNv2
+from dcn_plugin.layers import DeformConv2dPack, ModulatedDeformConv2dPack
 
 from .models import BACKBONES, HEADS, NECKS
 
@@ -39,7 +39,7 @@ def test_every_backbone_and_neck_is_tested():
     assert registered("mmdet.models.necks") - WITHOUT_SPATIAL_CONVOLUTION == set(NECKS)
 
 
-@pytest.mark.parametrize("kind", [DCN, DCNv2])
+@pytest.mark.parametrize("kind", [DeformConv2dPack, ModulatedDeformConv2dPack])
 @pytest.mark.parametrize(("name", "case"), [*BACKBONES.items(), *NECKS.items(), *HEADS.items()])
 def test_becomes_deformable(name, case, kind):
     config, targets, inputs = case
@@ -47,7 +47,7 @@ def test_becomes_deformable(name, case, kind):
     for module in plain.modules():
         if type(module).__name__ == "TridentConv":
             nn.init.kaiming_normal_(module.weight)  # mmdet leaves this one uninitialised
-    model = MODELS.build(dict(type=name, **config, deformable=dict(type=kind.__name__, targets=targets)))
+    model = MODELS.build(dict(type=name, **config, deformable=dict(type=kind, targets=targets)))
     model.load_state_dict(plain.state_dict())  # strict: nothing but offsets may be missing
     new = model.state_dict().keys() - plain.state_dict().keys()
     assert new and all(".conv_offset." in key for key in new)
@@ -77,5 +77,5 @@ def test_shared_convolutions_stay_shared(name):
     config, targets, _ = HEADS[name]
     head = MODELS.build(dict(type=name, **config, deformable=dict(type="DCN", targets=targets)))
     first, second = (head.cls_convs[level][1].conv for level in range(2))
-    assert first is second and type(first) is DCN
+    assert first is second and type(first) is DeformConv2dPack
     assert isinstance(head.cls_convs[0][1].bn, nn.BatchNorm2d)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from dcn_plugin.layers import DCN, DCNv2, DeformConv2d, ModulatedDeformConv2d
+from dcn_plugin.layers import DeformConv2d, DeformConv2dPack, ModulatedDeformConv2d, ModulatedDeformConv2dPack
 from dcn_plugin.ops import deform_conv2d
 
-PACKS = pytest.mark.parametrize("pack", [DCN, DCNv2])
+PACKS = pytest.mark.parametrize("pack", [DeformConv2dPack, ModulatedDeformConv2dPack])
 
 
 def randomised(layer, scale=0.5):
@@ -29,7 +29,7 @@ def assert_close(actual, expected, rtol=1e-5):
 
 def mmcv_pack(pack):
     ops = pytest.importorskip("mmcv.ops")
-    return {DCN: ops.DeformConv2dPack, DCNv2: ops.ModulatedDeformConv2dPack}[pack]
+    return {DeformConv2dPack: ops.DeformConv2dPack, ModulatedDeformConv2dPack: ops.ModulatedDeformConv2dPack}[pack]
 
 
 @pytest.mark.parametrize("layer", [DeformConv2d, ModulatedDeformConv2d])
@@ -59,7 +59,7 @@ def test_loads_mmcvs_state_dict_and_computes_the_same(pack, deform_groups, kerne
 
 @PACKS
 def test_bias_is_a_choice_and_adds(pack):
-    assert (pack(4, 4, 3).bias is None) == (pack is DCN)
+    assert (pack(4, 4, 3).bias is None) == (pack is DeformConv2dPack)
     assert pack(4, 4, 3, bias=False).bias is None
     layer = randomised(pack(4, 6, 3, bias="auto"))
     x = torch.randn(1, 4, 7, 7)
@@ -75,7 +75,7 @@ def test_new_layer_samples_the_regular_grid(pack):
     plain.load_state_dict(layer.state_dict(), strict=False)
     x = torch.randn(2, 4, 9, 9)
     expected = plain(x)
-    if pack is DCNv2:  # the mask starts at 0.5 and leaves the bias alone
+    if pack is ModulatedDeformConv2dPack:  # the mask starts at 0.5 and leaves the bias alone
         bias = plain.bias.view(1, -1, 1, 1)
         expected = (expected - bias) / 2 + bias
     assert_close(layer(x), expected)
@@ -222,15 +222,15 @@ def test_layers_given_their_offsets():
 
 def test_deprecated_name_of_deform_groups():
     with pytest.warns(DeprecationWarning, match="use deform_groups"):
-        assert DCN(4, 4, 3, deformable_groups=2).deform_groups == 2
+        assert DeformConv2dPack(4, 4, 3, deformable_groups=2).deform_groups == 2
     with pytest.raises(ValueError, match="deform_groups=2 and deformable_groups=4"):
-        DCN(4, 4, 3, deform_groups=2, deformable_groups=4)
+        DeformConv2dPack(4, 4, 3, deform_groups=2, deformable_groups=4)
 
 
 def test_string_padding():
     x = torch.randn(1, 4, 9, 9)
-    assert DCN(4, 4, 3, padding="valid")(x).shape == (1, 4, 7, 7)
-    assert DCN(4, 4, (3, 5), padding="same", dilation=(1, 2))(x).shape == (1, 4, 9, 9)
+    assert DeformConv2dPack(4, 4, 3, padding="valid")(x).shape == (1, 4, 7, 7)
+    assert DeformConv2dPack(4, 4, (3, 5), padding="same", dilation=(1, 2))(x).shape == (1, 4, 9, 9)
 
 
 @pytest.mark.parametrize(

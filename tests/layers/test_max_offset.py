@@ -6,15 +6,15 @@ from torch import nn
 
 from dcn_plugin import convert
 from dcn_plugin.layers import (
-    DCN,
-    DCNv2,
     DeformConv2d,
-    DeformPSRoIConvPack,
+    DeformConv2dPack,
     DeformPSRoIPool,
     DeformPSRoIPoolPack,
+    DeformRFCNPool,
     DeformRoIAlign,
     DeformRoIAlignPack,
     ModulatedDeformConv2d,
+    ModulatedDeformConv2dPack,
     ModulatedDeformRoIAlignPack,
 )
 from dcn_plugin.ops import deform_conv2d, deform_ps_roi_pool, deform_roi_align
@@ -25,14 +25,14 @@ EVERY_LAYER = pytest.mark.parametrize(
     [
         lambda **bound: DeformConv2d(4, 4, 3, **bound),
         lambda **bound: ModulatedDeformConv2d(4, 4, 3, **bound),
-        lambda **bound: DCN(4, 4, 3, **bound),
-        lambda **bound: DCNv2(4, 4, 3, **bound),
+        lambda **bound: DeformConv2dPack(4, 4, 3, **bound),
+        lambda **bound: ModulatedDeformConv2dPack(4, 4, 3, **bound),
         lambda **bound: DeformRoIAlign(2, **bound),
         lambda **bound: DeformRoIAlignPack(2, 4, 8, **bound),
         lambda **bound: ModulatedDeformRoIAlignPack(2, 4, 8, **bound),
         lambda **bound: DeformPSRoIPool(2, **bound),
         lambda **bound: DeformPSRoIPoolPack(2, 1, deform_fc_channels=8, **bound),
-        lambda **bound: DeformPSRoIConvPack(2, 4, 1, **bound),
+        lambda **bound: DeformRFCNPool(2, 4, 1, **bound),
     ],
 )
 
@@ -71,20 +71,20 @@ def test_convolution(layer):
     torch.testing.assert_close(offset.grad[~beyond], bounded.grad[~beyond], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("pack", [DCN, DCNv2])
+@pytest.mark.parametrize("pack", [DeformConv2dPack, ModulatedDeformConv2dPack])
 def test_a_pack_bounds_its_offsets_and_not_its_mask(pack):
     conv = pack(4, 4, 3, padding=1, max_offset=2)
     with torch.no_grad():
         conv.conv_offset.bias.fill_(5.0)
     x = torch.randn(1, 4, 6, 6)
-    mask = torch.full((1, 9, 6, 6), 5.0).sigmoid() if pack is DCNv2 else None
+    mask = torch.full((1, 9, 6, 6), 5.0).sigmoid() if pack is ModulatedDeformConv2dPack else None
     expected = deform_conv2d(x, torch.full((1, 18, 6, 6), 2.0), conv.weight, conv.bias, padding=1, mask=mask)
     out = conv(x)
     torch.testing.assert_close(out, expected)
     out.sum().backward()
     gradient = conv.conv_offset.bias.grad
     assert not gradient[:18].any()
-    assert pack is DCN or gradient[18:].all()
+    assert pack is DeformConv2dPack or gradient[18:].all()
 
 
 def test_an_offset_that_is_not_a_number_samples_nothing_still():
@@ -141,7 +141,7 @@ def test_conversion_passes_it_on():
         convert(nn.Conv2d(4, 4, 3), max_offset=-3)
 
 
-@pytest.mark.parametrize("pack", [DCN, DCNv2])
+@pytest.mark.parametrize("pack", [DeformConv2dPack, ModulatedDeformConv2dPack])
 def test_compiles_to_one_graph(pack):
     conv, x = pack(4, 4, 3, padding=1, max_offset=0.5), torch.randn(1, 4, 6, 6)
     with torch.no_grad():

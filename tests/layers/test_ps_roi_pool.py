@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from dcn_plugin.layers import DeformPSRoIConvPack, DeformPSRoIPool, DeformPSRoIPoolPack
+from dcn_plugin.layers import DeformPSRoIPool, DeformPSRoIPoolPack, DeformRFCNPool
 from dcn_plugin.layers.zero_init import ZeroInitConv2d, ZeroInitLinear
 from dcn_plugin.ops import deform_ps_roi_pool
 
@@ -15,11 +15,11 @@ SIZES = dict(output_size=(3, 2), group_size=(3, 2), part_size=(2, 2), sample_per
 
 
 def fc_pack(classes=2):
-    return DeformPSRoIPoolPack(**SIZES, output_dim=4, num_classes=classes, deform_fc_channels=16)
+    return DeformPSRoIPoolPack(**SIZES, output_dim=4, offset_classes=classes, deform_fc_channels=16)
 
 
 def conv_pack(classes=2):
-    return DeformPSRoIConvPack(**SIZES, in_channels=24, output_dim=4, num_classes=classes)
+    return DeformRFCNPool(**SIZES, in_channels=24, output_dim=4, offset_classes=classes)
 
 
 PACKS = pytest.mark.parametrize("pack", [fc_pack, conv_pack])
@@ -51,7 +51,7 @@ def test_sizes_default_to_the_bins():
 @PACKS
 def test_new_pack_pools_straight(pack):
     pack, x = pack(), torch.randn(2, 24, 12, 10)
-    maps = pack.score_maps(x) if isinstance(pack, DeformPSRoIConvPack) else x
+    maps = pack.score_maps(x) if isinstance(pack, DeformRFCNPool) else x
     torch.testing.assert_close(pack(x, ROIS), DeformPSRoIPool(**SIZES)(maps, ROIS))
 
 

@@ -4,10 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from dcn_plugin.layers import DCN, DCNv2, DeformRoIAlignPack, ModulatedDeformRoIAlignPack
+from dcn_plugin.layers import (
+    DeformConv2dPack,
+    DeformRoIAlignPack,
+    ModulatedDeformConv2dPack,
+    ModulatedDeformRoIAlignPack,
+)
 
 mmengine_model = pytest.importorskip("mmengine.model")
-CONVS = pytest.mark.parametrize("pack", [DCN, DCNv2])
+CONVS = pytest.mark.parametrize("pack", [DeformConv2dPack, ModulatedDeformConv2dPack])
 RULES = [
     dict(type="Kaiming", layer="Conv2d"),
     dict(type="Normal", layer=["Conv2d", "Linear"], std=0.01, bias=3.0),
@@ -86,7 +91,7 @@ def test_resnet_from_scratch(pack, depth):
         depth,
         base_channels=2,
         stem_channels=2,
-        dcn=dict(type=pack.__name__, deform_groups=1),
+        dcn=dict(type="DCN" if pack is DeformConv2dPack else "DCNv2", deform_groups=1),
         stage_with_dcn=(False, True, True, True),
     )
     backbone.init_weights()

@@ -3,12 +3,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import BASE, CONV_CASES, STRIDED, check_against, random_gradient, relative_error, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcn_plugin.ops import deform_conv2d, reference
+
+from .cases import BASE, CONV_CASES, STRIDED, check_against, random_gradient, relative_error, run
 
 CASES = pytest.mark.parametrize("case", [pytest.param(c, id=name) for name, c in CONV_CASES.items()])
 LAYOUTS = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])

@@ -1,8 +1,9 @@
 import pytest
 import torch
-from cases import as_float64, assert_repeats, check_against, relative_error, run
 
 from dcn_plugin.ops import deform_ps_roi_pool, reference
+
+from .cases import as_float64, assert_repeats, check_against, relative_error, run
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}
 ROIS = torch.tensor(

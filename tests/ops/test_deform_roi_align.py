@@ -3,9 +3,10 @@ import math
 
 import pytest
 import torch
-from cases import STRIDED, as_float64, assert_repeats, check_against, random_gradient, relative_error, run
 
 from dcn_plugin.ops import deform_roi_align, reference
+
+from .cases import STRIDED, as_float64, assert_repeats, check_against, random_gradient, relative_error, run
 
 # As for the convolution, but all sums are of float32: of the half types only the result is rounded.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}

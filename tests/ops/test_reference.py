@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from cases import BASE, as_float64, relative_error, run
 from torch.nn import functional as F
 
 from dcn_plugin.ops.reference import deform_conv2d, deform_roi_align
+
+from .cases import BASE, as_float64, relative_error, run
 
 NAN, INF = math.nan, math.inf
 COLUMN = [10.0, 20.0, 40.0]  # a map of one column

@@ -15,7 +15,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 
-from dcn_plugin.layers import DCN, DeformPSRoIConvPack
+from dcn_plugin.layers import DeformConv2dPack, DeformRFCNPool
 
 ROOT = Path(__file__).parents[2]
 PROJECT = ROOT / "projects/deformable_rfcn"
@@ -44,9 +44,9 @@ def test_trains_and_predicts(config):
     config.model.test_cfg.rcnn.score_thr = 0.0  # two iterations make no confident detector
     model = MODELS.build(config.model)
     model.init_weights()
-    pools = [m for m in model.modules() if isinstance(m, DeformPSRoIConvPack)]
+    pools = [m for m in model.modules() if isinstance(m, DeformRFCNPool)]
     assert [pool.offset_fields.out_channels for pool in pools] == [2 * 11 * 49, 2 * 49]
-    assert sum(isinstance(m, DCN) for m in model.modules()) == 6
+    assert sum(isinstance(m, DeformConv2dPack) for m in model.modules()) == 6
     assert not any(pool.offset_fields.weight.any() for pool in pools)
 
     optimiser = build_optim_wrapper(model, config.optim_wrapper)
@@ -69,7 +69,7 @@ def test_coco_config_mines_hard_examples(config):
     config = Config.fromfile(CONFIG.parent / "deformable-rfcn_r50-dcn-c5_1x_coco.py")
     with torch.device("meta"):
         model = MODELS.build(config.model)
-    assert sum(isinstance(m, DCN) for m in model.modules()) == 3
+    assert sum(isinstance(m, DeformConv2dPack) for m in model.modules()) == 3
     small = dict(in_channels=8, output_size=3)
     tiny = dict(
         backbone=dict(base_channels=4, stem_channels=4, init_cfg=None),

@@ -15,7 +15,8 @@ from mmengine.config import Config
 from mmengine.runner import Runner, load_checkpoint
 
 import dcn_plugin
-from dcn_plugin.layers import DCNv2
+import dcn_plugin.mmdet
+from dcn_plugin.layers import ModulatedDeformConv2dPack
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,7 +78,7 @@ def predict(model, loader):
 
 def test_trains_tests_and_survives_saving(digits, tmp_path):
     runner = Runner.from_cfg(config(digits, tmp_path))
-    layers = [m for m in runner.model.modules() if isinstance(m, DCNv2)]
+    layers = [m for m in runner.model.modules() if isinstance(m, ModulatedDeformConv2dPack)]
     assert len(layers) == 4 + 6 + 3  # every block of ResNet-50's last three stages
     assert not any(m.conv_offset.weight.any() for m in layers)
     runner.train()

@@ -25,7 +25,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope, init_default_scope
 
-from dcn_plugin import replace_mmcv_ops
+from dcn_plugin.mmdet import mmcv_ops
 
 ZOO = Path(mmdet.__file__).parent / ".mim" / "configs"
 ALL = (Path(__file__).parent / "configs.txt").read_text().split()
@@ -92,13 +92,13 @@ def surroundings(monkeypatch):
     MessageHub.get_current_instance().update_info("epoch", 0)
     monkeypatch.setattr("mmcv.ops.masked_conv.masked_conv2d", masked_conv2d)
     for name in ("DeformConv2dFunction", "ModulatedDeformConv2dFunction", "DeformRoIPoolFunction"):
-        monkeypatch.setattr(getattr(replace_mmcv_ops, name), "forward", refuse)
-    replace_mmcv_ops.replace()
+        monkeypatch.setattr(getattr(mmcv_ops, name), "forward", refuse)
+    mmcv_ops.replace()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # these images are too small to share
     yield
     torch.set_num_threads(threads)
-    replace_mmcv_ops.restore()
+    mmcv_ops.restore()
     DefaultScope._instance_dict.clear()
 
 

@@ -1,7 +1,7 @@
 """Deformable R-FCN on a slim ResNet-50 up to c4, DCN in that stage, from scratch, on the digits of projects/digits."""
 
 _base_ = "../../../configs/digits/fcos_r50-dcnv2-c3-c5_digits.py"
-custom_imports = dict(imports=["dcn_plugin", "projects.deformable_rfcn.rfcn"], allow_failed_imports=False)
+custom_imports = dict(imports=["dcn_plugin.mmdet", "projects.deformable_rfcn.rfcn"], allow_failed_imports=False)
 
 num_classes = 10
 channels = 64  # of the neck and the RPN
@@ -14,11 +14,11 @@ def extractor(output_dim, offset_classes):
     return dict(
         type="DeformPSRoIExtractor",
         roi_layer=dict(
-            type="DeformPSRoIConvPack",
+            type="DeformRFCNPool",
             output_size=7,
             in_channels=channels,
             output_dim=output_dim,
-            num_classes=offset_classes,
+            offset_classes=offset_classes,
             sample_per_part=4,
             trans_std=0.1,
         ),

@@ -1,7 +1,7 @@
 """Deformable R-FCN as the paper has it, on ResNet-50: DCN in the dilated c5, 7x7 bins, hard examples mined."""
 
 _base_ = "mmdet::faster_rcnn/faster-rcnn_r50-caffe-dc5_1x_coco.py"
-custom_imports = dict(imports=["dcn_plugin", "projects.deformable_rfcn.rfcn"], allow_failed_imports=False)
+custom_imports = dict(imports=["dcn_plugin.mmdet", "projects.deformable_rfcn.rfcn"], allow_failed_imports=False)
 
 num_classes = 80
 channels = 1024
@@ -13,11 +13,11 @@ def extractor(output_dim, offset_classes):
     return dict(
         type="DeformPSRoIExtractor",
         roi_layer=dict(
-            type="DeformPSRoIConvPack",
+            type="DeformRFCNPool",
             output_size=7,
             in_channels=channels,
             output_dim=output_dim,
-            num_classes=offset_classes,
+            offset_classes=offset_classes,
             sample_per_part=4,
             trans_std=0.1,
         ),

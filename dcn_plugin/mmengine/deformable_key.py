@@ -75,7 +75,9 @@ class _ToMMEngine(logging.Handler):
         print_log(record.getMessage(), logger="current", level=record.levelno)
 
 
-_extend(MODELS)
-if not logger.handlers:
-    logger.addHandler(_ToMMEngine())
-    logger.setLevel(logging.INFO)
+def register_deformable_key() -> None:
+    """Gives the key to MMEngine's MODELS and the registries below it, and each conversion a line in MMEngine's log."""
+    _extend(MODELS)
+    if not logger.handlers:
+        logger.addHandler(_ToMMEngine())
+        logger.setLevel(logging.INFO)

@@ -1,6 +1,4 @@
-"""Runs mmcv's deformable operators on ours. Opt-in: importing this module does it, for the whole process::
-
-    custom_imports = dict(imports=['dcn_plugin.replace_mmcv_ops'])
+"""Runs mmcv's deformable operators on ours, for the whole process.
 
 That reaches what uses mmcv's operators without asking a registry: the heads of RepPoints, VFNet, TOOD, FoveaBox, Guided
 Anchoring, Cascade RPN, CentripetalNet and GLIP, DyHead, the switchable convolution of DetectoRS, and
@@ -21,21 +19,13 @@ import sys
 from types import FunctionType, MethodType
 
 import torch
+from mmcv.ops.deform_conv import DeformConv2dFunction
+from mmcv.ops.deform_roi_pool import DeformRoIPoolFunction
+from mmcv.ops.modulated_deform_conv import ModulatedDeformConv2dFunction
 from mmengine.logging import print_log
 from torch import Tensor
 
 from dcn_plugin import ops
-
-try:
-    from mmcv.ops.deform_conv import DeformConv2dFunction
-    from mmcv.ops.deform_roi_pool import DeformRoIPoolFunction
-    from mmcv.ops.modulated_deform_conv import ModulatedDeformConv2dFunction
-except ImportError as error:
-    raise ImportError(
-        f"dcn_plugin.replace_mmcv_ops found no operators of mmcv's to replace ({error}). They come with the full mmcv; "
-        "mmcv-lite has none, nor can what imports them run there. The types 'DCN' and 'DCNv2' need neither: for these, "
-        "import 'dcn_plugin' instead."
-    ) from error
 
 
 def replace() -> list[str]:
@@ -172,6 +162,3 @@ def _no_autocast(tensor: Tensor):
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
-
-
-replace()

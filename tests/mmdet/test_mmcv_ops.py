@@ -13,7 +13,7 @@ from mmcv.ops import deform_conv, modulated_deform_conv
 from mmdet.models.dense_heads import tood_head
 from mmdet.models.necks.dyhead import DyHeadBlock
 
-from dcn_plugin import replace_mmcv_ops as ours
+from dcn_plugin.mmdet import mmcv_ops as ours
 from dcn_plugin.ops import reference
 
 ours.restore()  # importing replaced them; every test says what it needs

@@ -10,7 +10,7 @@ from mmdet.registry import MODELS
 from mmengine.registry import DefaultScope, init_default_scope
 from torch import nn
 
-from dcn_plugin.layers import DCN, DCNv2
+from dcn_plugin.layers import DeformConv2dPack, ModulatedDeformConv2dPack
 
 SLIM = dict(base_channels=4, stem_channels=4)
 FAMILIES = {
@@ -55,11 +55,11 @@ def test_strided_convolutions_stay_plain(family):
     convs = list(spatial_convs(model))
     for name, stride, kind in convs:
         deformable = stride == (1, 1) and not name.startswith("layer1")
-        assert kind is (DCNv2 if deformable else nn.Conv2d), (name, stride, kind)
+        assert kind is (ModulatedDeformConv2dPack if deformable else nn.Conv2d), (name, stride, kind)
     strides_in_conv2 = family not in ("ResNet, stride in conv1", "ResNeSt")
     assert any(stride == (2, 2) for _, stride, _ in convs) == strides_in_conv2
-    assert any(kind is DCNv2 for *_, kind in convs)
-    assert all(module.deform_groups == 2 for module in model.modules() if isinstance(module, DCNv2))
+    assert any(kind is ModulatedDeformConv2dPack for *_, kind in convs)
+    assert all(module.deform_groups == 2 for module in model.modules() if isinstance(module, ModulatedDeformConv2dPack))
     if not family.startswith("DetectoRS"):  # whose forward wants more than an image
         assert model(torch.randn(1, 3, 64, 64))[-1].shape[2] in (2, 4)
 
@@ -68,20 +68,20 @@ def test_strided_convolutions_stay_plain(family):
 @pytest.mark.parametrize("dcn", [dict(fallback_on_stride=False), {}], ids=["False", "unsaid"])
 def test_otherwise_all_are_deformable(family, dcn):
     for name, _, kind in spatial_convs(build(family, **dcn)):
-        assert kind is (nn.Conv2d if name.startswith("layer1") else DCNv2), name
+        assert kind is (nn.Conv2d if name.startswith("layer1") else ModulatedDeformConv2dPack), name
 
 
 def test_a_first_block_of_stride_1_is_deformable():
     model = build("ResNet", stages=(True, True, False, True), fallback_on_stride=True)
     for name, stride, kind in spatial_convs(model):
-        assert (kind is DCNv2) == (stride == (1, 1) and not name.startswith("layer3")), name
+        assert (kind is ModulatedDeformConv2dPack) == (stride == (1, 1) and not name.startswith("layer3")), name
 
 
 def test_the_config_stays_as_it_was():
     dcn = dict(type="DCN", fallback_on_stride=True)
     for _ in range(2):
         model = backbones.ResNet(50, dcn=dcn, stage_with_dcn=(False, True, True, True), **SLIM)
-        assert sum(type(module) is DCN for module in model.modules()) == 13 - 3
+        assert sum(type(module) is DeformConv2dPack for module in model.modules()) == 13 - 3
     assert dcn == dict(type="DCN", fallback_on_stride=True)
 
 
@@ -89,7 +89,7 @@ def test_offsets_start_at_zero():
     model = build("ResNet", fallback_on_stride=True)
     model.init_weights()
     for module in model.modules():
-        if isinstance(module, DCNv2):
+        if isinstance(module, ModulatedDeformConv2dPack):
             assert not module.conv_offset.weight.any() and module.weight.any()
 
 

@@ -30,7 +30,6 @@ class _BuildsOurLayers:
         return nn.ModuleList(kind(spatial_scale=1 / stride, **cfg) for stride in featmap_strides)
 
 
-@MODELS.register_module(force=True)
 class DeformRoIExtractor(_BuildsOurLayers, SingleRoIExtractor):
     """Pools each RoI, deformably, from the pyramid level that its size is assigned to.
 
@@ -70,7 +69,6 @@ class DeformRoIExtractor(_BuildsOurLayers, SingleRoIExtractor):
         return pooled.new_zeros(len(rois), *pooled.shape[1:]).index_copy(0, torch.cat(members), pooled)
 
 
-@MODELS.register_module(force=True)
 class DeformGenericRoIExtractor(_BuildsOurLayers, GenericRoIExtractor):
     """Pools each RoI, deformably, from every pyramid level and aggregates them.
 
@@ -102,7 +100,6 @@ class DeformGenericRoIExtractor(_BuildsOurLayers, GenericRoIExtractor):
         return self.post_module(output) if self.with_post else output
 
 
-@MODELS.register_module(force=True)
 class DeformPSRoIExtractor(DeformRoIExtractor):
     """Pools each RoI position-sensitively, its bins deformed: the extractor of Deformable R-FCN.
 
@@ -110,10 +107,15 @@ class DeformPSRoIExtractor(DeformRoIExtractor):
     :class:`DeformRoIExtractor`, and the arguments are the same but for:
 
     Args:
-        roi_layer: config of the RoI layer; ``type`` is 'DeformPSRoIConvPack', which predicts score maps and offsets
+        roi_layer: config of the RoI layer; ``type`` is 'DeformRFCNPool', which predicts score maps and offsets
             from features, 'DeformPSRoIPoolPack' or 'DeformPSRoIPool', for which the maps given are score maps, or a
             class.
         out_channels: channels of the output: the layer's ``output_dim``.
     """
 
-    roi_layer_types = ("DeformPSRoIConvPack", "DeformPSRoIPool", "DeformPSRoIPoolPack")
+    roi_layer_types = ("DeformRFCNPool", "DeformPSRoIPool", "DeformPSRoIPoolPack")
+
+
+def register_roi_extractors() -> None:
+    for extractor in (DeformRoIExtractor, DeformGenericRoIExtractor, DeformPSRoIExtractor):
+        MODELS.register_module(module=extractor, force=True)

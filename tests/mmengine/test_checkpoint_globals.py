@@ -5,7 +5,7 @@ import pytest
 import torch
 from mmengine.logging import HistoryBuffer
 
-import dcn_plugin  # noqa: F401
+import dcn_plugin.mmengine  # noqa: F401
 
 
 def test_mmengine_histories_load(tmp_path):

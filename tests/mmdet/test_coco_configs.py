@@ -14,7 +14,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 
-from dcn_plugin.layers import DCN, DCNv2, DeformRoIAlignPack
+from dcn_plugin.layers import DeformConv2dPack, DeformRoIAlignPack, ModulatedDeformConv2dPack
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "coco"
 RESNET = dict(base_channels=4, stem_channels=4, init_cfg=None)
@@ -61,11 +61,14 @@ def test_every_config_is_tested():
 
 
 EXPECTED = {
-    "faster-rcnn_r50-dcn-c3-c5_fpn_1x_coco.py": (DCN, 13),
-    "faster-rcnn_r50-dcnv2-c3-c5_fpn_1x_coco.py": (DCNv2, 13),
+    "faster-rcnn_r50-dcn-c3-c5_fpn_1x_coco.py": (DeformConv2dPack, 13),
+    "faster-rcnn_r50-dcnv2-c3-c5_fpn_1x_coco.py": (ModulatedDeformConv2dPack, 13),
     "faster-rcnn_r50_fpn_deform-roi-align_1x_coco.py": (DeformRoIAlignPack, 4),
-    "atss_r50_fpn_dcnv2-head_1x_coco.py": (DCNv2, 2),
-    "rtmdet_s-dcnv2-stage3-stage4_8xb32-300e_coco.py": (DCNv2, 5),  # the three depthwise ones stay plain
+    "atss_r50_fpn_dcnv2-head_1x_coco.py": (ModulatedDeformConv2dPack, 2),
+    "rtmdet_s-dcnv2-stage3-stage4_8xb32-300e_coco.py": (
+        ModulatedDeformConv2dPack,
+        5,
+    ),  # the three depthwise ones stay plain
 }
 
 

@@ -12,16 +12,15 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import dcn_plugin  # noqa: F401
 from dcn_plugin.layers import (
-    DCN,
-    DCNv2,
+    DeformConv2dPack,
     DeformPSRoIPool,
     DeformRoIAlign,
     DeformRoIAlignPack,
+    ModulatedDeformConv2dPack,
     ModulatedDeformRoIAlignPack,
 )
-from dcn_plugin.registration.offset_hook import DeformOffsetHook
+from dcn_plugin.mmengine import DeformOffsetHook
 
 ROIS = torch.tensor([[0, 8.0, 8.0, 24.0, 40.0], [0, 0.0, 16.0, 64.0, 32.0]])
 
@@ -31,8 +30,8 @@ class Net(BaseModel):
 
     def __init__(self, dtype=torch.float32, checkpointed=False):
         super().__init__()
-        self.first = DCN(2, 4, 1)
-        self.rest = nn.ModuleDict(dict(second=nn.Sequential(DCNv2(4, 4, 3, padding=1))))
+        self.first = DeformConv2dPack(2, 4, 1)
+        self.rest = nn.ModuleDict(dict(second=nn.Sequential(ModulatedDeformConv2dPack(4, 4, 3, padding=1))))
         self.rois = ModulatedDeformRoIAlignPack(2, 4, 8, spatial_scale=1 / 8, gamma=0.1)
         self.dtype, self.checkpointed, self.observed = dtype, checkpointed, []
 
@@ -235,7 +234,9 @@ def test_says_that_there_is_nothing_to_look_at(tmp_path):
 
 
 def test_layers_that_do_not_run_or_get_no_rois_log_nothing():
-    net = nn.ModuleDict(dict(unused=DCN(1, 1, 1), rois=DeformRoIAlignPack(2, 4, 8), straight=DeformRoIAlign(2)))
+    net = nn.ModuleDict(
+        dict(unused=DeformConv2dPack(1, 1, 1), rois=DeformRoIAlignPack(2, 4, 8), straight=DeformRoIAlign(2))
+    )
     hook, runner = DeformOffsetHook(interval=1), _FakeRunner(net)
     runner.message_hub = MessageHub.get_instance("nothing")
     hook.before_train(runner)
@@ -247,7 +248,7 @@ def test_layers_that_do_not_run_or_get_no_rois_log_nothing():
 
 
 def test_a_layer_called_twice_counts_both():
-    net = nn.ModuleDict(dict(conv=DCN(1, 1, 1)))
+    net = nn.ModuleDict(dict(conv=DeformConv2dPack(1, 1, 1)))
     hook, runner = DeformOffsetHook(interval=1), _FakeRunner(net)
     runner.message_hub = MessageHub.get_instance("twice")
     hook.before_train(runner)

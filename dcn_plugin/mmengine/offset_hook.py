@@ -95,7 +95,6 @@ class _Watch:
         return torch.cat([self.sums, self.largest[None]])
 
 
-@HOOKS.register_module(force=True)
 class DeformOffsetHook(Hook):
     """Logs how far the offsets of each deformable layer reach, and warns when they run away.
 
@@ -186,3 +185,7 @@ class DeformOffsetHook(Hook):
         if (name, kind) not in self._warned:
             self._warned.add((name, kind))
             runner.logger.warning(f"DeformOffsetHook, iteration {runner.iter + 1}, {name}: {text}")
+
+
+def register_offset_hook() -> None:
+    HOOKS.register_module(module=DeformOffsetHook, force=True)

@@ -1,6 +1,5 @@
 """`dcn_offset_lr_mult` and `custom_keys` reach the offset predictors of our layers, as they reach those of mmcv's."""
 
-import importlib
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from torch import nn
 
 import dcn_plugin
 from dcn_plugin import layers
-from dcn_plugin.registration import offset_learning_rate
+from dcn_plugin.mmengine import patches
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "coco"
 LR, DECAY = 0.02, 0.1
@@ -25,7 +24,7 @@ LR, DECAY = 0.02, 0.1
 class Nested(nn.Module):
     """Deformable convolutions at three depths, one of them converted, beside what must keep its rate."""
 
-    def __init__(self, dcn=layers.DCN, dcnv2=layers.DCNv2, converted=True):
+    def __init__(self, dcn=layers.DeformConv2dPack, dcnv2=layers.ModulatedDeformConv2dPack, converted=True):
         super().__init__()
         self.first = dcn(4, 4, 3, padding=1)
         self.block = nn.Sequential(
@@ -101,7 +100,7 @@ def test_depthwise_rule_counts_ours_as_depthwise():
 
 
 def test_root_and_frozen_predictors():
-    model = layers.DCN(4, 4, 3)
+    model = layers.DeformConv2dPack(4, 4, 3)
     model.conv_offset.bias.requires_grad = False
     found = DefaultOptimWrapperConstructor(dict(optimizer=dict(type="SGD", lr=LR)), dict(dcn_offset_lr_mult=0.1))(model)
     rates = {id(p): group["lr"] for group in found.optimizer.param_groups for p in group["params"]}
@@ -119,19 +118,19 @@ def test_subclasses_of_the_constructor_know_our_layers():
             super().add_params(params, module, prefix=prefix, is_dcn_module=is_dcn_module)
 
     optimizer = Own(dict(optimizer=dict(type="SGD", lr=LR)), dict(dcn_offset_lr_mult=0.1))(
-        layers.DCN(4, 4, 3)
+        layers.DeformConv2dPack(4, 4, 3)
     ).optimizer
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([LR, LR * 0.1, LR * 0.1])
 
 
 def test_offset_fields_are_no_conv_offset():
-    found = groups(layers.DeformPSRoIConvPack(2, 4, 2), dcn_offset_lr_mult=0.1, bias_lr_mult=2.0)
+    found = groups(layers.DeformRFCNPool(2, 4, 2), dcn_offset_lr_mult=0.1, bias_lr_mult=2.0)
     assert found["offset_fields.weight"][0] == LR and found["offset_fields.bias"][0] == LR * 2
 
 
 def test_registers_once():
     before = DefaultOptimWrapperConstructor.add_params
-    importlib.reload(offset_learning_rate)
+    patches.apply_offset_learning_rates()
     assert DefaultOptimWrapperConstructor.add_params is before
 
 

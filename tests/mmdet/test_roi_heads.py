@@ -15,7 +15,7 @@ from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData, PixelData
 
 from dcn_plugin.layers import DeformRoIAlignPack, ModulatedDeformRoIAlignPack
-from dcn_plugin.registration.roi_extractors import DeformGenericRoIExtractor, DeformRoIExtractor
+from dcn_plugin.mmdet import DeformGenericRoIExtractor, DeformRoIExtractor
 
 HEIGHT, WIDTH = 64, 96
 HEADS = {  # config: (its RoI extractors, the keys of its losses)

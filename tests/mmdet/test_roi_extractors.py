@@ -189,7 +189,7 @@ def ps_extractor(kind, strides=(8,), **roi_layer):
 PS_LAYERS = {
     "DeformPSRoIPool": (12, {}),
     "DeformPSRoIPoolPack": (12, dict(output_dim=3, deform_fc_channels=8)),
-    "DeformPSRoIConvPack": (5, dict(in_channels=5, output_dim=3, num_classes=3)),
+    "DeformRFCNPool": (5, dict(in_channels=5, output_dim=3, offset_classes=3)),
 }
 
 
@@ -221,7 +221,5 @@ def test_position_sensitive_on_a_pyramid():
 
 
 def test_position_sensitive_layers_are_named():
-    with pytest.raises(
-        ValueError, match="DeformPSRoIExtractor must be one of DeformPSRoIConvPack, .*got 'DeformRoIAlign'"
-    ):
+    with pytest.raises(ValueError, match="DeformPSRoIExtractor must be one of DeformRFCNPool, .*got 'DeformRoIAlign'"):
         ps_extractor("DeformRoIAlign")

@@ -14,8 +14,8 @@ from mmengine.model import BaseModel, BaseModule, Sequential
 from mmengine.registry import DATASETS, MODELS, RUNNERS, Registry
 from mmengine.runner import Runner
 
-from dcn_plugin.layers import DCN, DCNv2
-from dcn_plugin.runner import Runner as PluginRunner
+from dcn_plugin.layers import DeformConv2dPack, ModulatedDeformConv2dPack
+from dcn_plugin.mmengine import Runner as PluginRunner
 
 OWN = Registry("own", parent=MODELS, scope="own")
 
@@ -61,19 +61,23 @@ class ImagesOfOnes(torch.utils.data.Dataset):
 
 
 def deformable(module):
-    return {name: type(child) for name, child in module.named_modules() if isinstance(child, (DCN, DCNv2))}
+    return {
+        name: type(child)
+        for name, child in module.named_modules()
+        if isinstance(child, (DeformConv2dPack, ModulatedDeformConv2dPack))
+    }
 
 
 def test_of_a_part_and_of_the_whole():
     model = OWN.build(
         dict(type="own.Model", backbone=dict(type="own.Stages", deformable=dict(type="DCN", targets="stage1")))
     )
-    assert deformable(model) == {"backbone.stage1.0": DCN}
+    assert deformable(model) == {"backbone.stage1.0": DeformConv2dPack}
     model = OWN.build(dict(type="own.Model", backbone=dict(type="own.Stages"), deformable=dict(targets="head")))
-    assert deformable(model) == {"head": DCNv2}
+    assert deformable(model) == {"head": ModulatedDeformConv2dPack}
     both = dict(type="own.Stages", deformable=dict(type="DCN", targets="stage2"))
     model = OWN.build(dict(type="own.Model", backbone=both, deformable=dict(targets="*.stage1", deform_groups=2)))
-    assert deformable(model) == {"backbone.stage1.0": DCNv2, "backbone.stage2.0": DCN}
+    assert deformable(model) == {"backbone.stage1.0": ModulatedDeformConv2dPack, "backbone.stage2.0": DeformConv2dPack}
     assert model.backbone.stage1[0].deform_groups == 2
 
 
@@ -81,7 +85,7 @@ def test_of_a_part_and_of_the_whole():
 def test_leaves_the_config_as_it_was(kind):
     config = kind(type="own.Stages", deformable=dict(targets="stage1"))
     for _ in range(2):
-        assert deformable(MODELS.build(config)) == {"stage1.0": DCNv2}
+        assert deformable(MODELS.build(config)) == {"stage1.0": ModulatedDeformConv2dPack}
     assert config["deformable"] == dict(targets="stage1")
 
 
@@ -93,7 +97,7 @@ def test_none_and_absent_change_nothing():
 def test_of_members_of_a_sequence():
     built = MODELS.build([dict(type="own.Stages"), dict(type="own.Stages", deformable=dict(targets="stage2"))])
     assert isinstance(built, Sequential)
-    assert deformable(built) == {"1.stage2.0": DCNv2}
+    assert deformable(built) == {"1.stage2.0": ModulatedDeformConv2dPack}
 
 
 @pytest.mark.parametrize("value", [True, dict(targets="*")])
@@ -111,17 +115,20 @@ def test_other_values_are_an_error(value):
 
 def test_a_list_converts_one_after_the_other():
     keys = [dict(type="DCN", targets="stage1"), dict(type="DCNv2", targets="stage2")]
-    assert deformable(OWN.build(dict(type="Stages", deformable=keys))) == {"stage1.0": DCN, "stage2.0": DCNv2}
+    assert deformable(OWN.build(dict(type="Stages", deformable=keys))) == {
+        "stage1.0": DeformConv2dPack,
+        "stage2.0": ModulatedDeformConv2dPack,
+    }
 
 
 @OWN.register_module()
-class OwnDCN(DCN):
+class OwnDCN(DeformConv2dPack):
     pass
 
 
-@pytest.mark.parametrize("kind", ["own.OwnDCN", OwnDCN, "dcn_plugin.layers.DCN", DCN])
+@pytest.mark.parametrize("kind", ["own.OwnDCN", OwnDCN, "dcn_plugin.layers.DeformConv2dPack", DeformConv2dPack])
 def test_registered_subclasses_and_classes_by_path(kind):
-    expected = DCN if kind is DCN or "layers" in str(kind) else OwnDCN
+    expected = DeformConv2dPack if kind is DeformConv2dPack or "layers" in str(kind) else OwnDCN
     assert deformable(OWN.build(dict(type="Stages", deformable=dict(type=kind, targets="stage1")))) == {
         "stage1.0": expected
     }
@@ -211,8 +218,8 @@ def test_trains_and_resumes(run):
 
 @pytest.mark.parametrize("given", [None, dict(imports=["math"]), dict(imports="math", allow_failed_imports=True)])
 def test_the_runner_of_the_command_line_imports_and_says_so(run, given):
-    assert RUNNERS.get("dcn_plugin.runner.Runner") is PluginRunner  # how mmdet's tools look up runner_type
+    assert RUNNERS.get("dcn_plugin.mmengine.Runner") is PluginRunner  # how mmdet's tools look up runner_type
     built, _ = run(PluginRunner, **({"custom_imports": given} if given else {}))
-    assert list(built.cfg.custom_imports["imports"])[-1] == "dcn_plugin"
+    assert list(built.cfg.custom_imports["imports"])[-1] == "dcn_plugin.mmengine"
     assert not given or "math" in built.cfg.custom_imports["imports"]
     assert deformable(built.model)

@@ -1,0 +1,35 @@
+"""Makes the operators known to MMDetection: what a config names in ``custom_imports``.
+
+Importing it imports :mod:`dcn_plugin.mmengine`, which registers the convolution types, the key ``deformable=`` and the
+hook, and then, in this order,
+
+- runs mmcv's own deformable operators on ours (:mod:`dcn_plugin.mmdet.mmcv_ops`);
+- registers the RoI extractors 'DeformRoIExtractor', 'DeformGenericRoIExtractor' and 'DeformPSRoIExtractor';
+
+and applies :mod:`dcn_plugin.mmdet.patches`.
+"""
+
+import dcn_plugin.mmengine  # noqa: F401
+
+try:
+    import mmdet.models  # noqa: F401
+except Exception as error:
+    raise ImportError(
+        f"dcn_plugin.mmdet needs MMDetection, which does not import ({type(error).__name__}: {error}): install it with "
+        "`pip install 'mmdet>=3.0'` and the mmcv it asks for; without MMDetection, import dcn_plugin.mmengine"
+    ) from error
+
+from . import mmcv_ops, patches
+from .roi_extractors import (
+    DeformGenericRoIExtractor,
+    DeformPSRoIExtractor,
+    DeformRoIExtractor,
+    register_roi_extractors,
+)
+from .runner import Runner
+
+__all__ = ["DeformGenericRoIExtractor", "DeformPSRoIExtractor", "DeformRoIExtractor", "Runner"]
+
+mmcv_ops.replace()
+register_roi_extractors()
+patches.fall_back_on_stride()

@@ -1,0 +1,35 @@
+"""Makes the layers known to MMEngine; needs mmengine alone.
+
+For projects on MMEngine without MMDetection; :mod:`dcn_plugin.mmdet` includes it. They are two packages so that each
+either works whole or fails to import. Importing it, as ``custom_imports = dict(imports=["dcn_plugin.mmengine"])`` does,
+registers in this order:
+
+- 'DCN' and 'DCNv2' in MODELS, where ``mmcv.cnn.build_conv_layer`` looks for convolution types;
+- the key ``deformable=`` of whatever MODELS, or a registry below it, builds;
+- 'DeformOffsetHook' in HOOKS;
+
+and applies :mod:`dcn_plugin.mmengine.patches`.
+"""
+
+try:
+    import mmengine  # noqa: F401
+except Exception as error:
+    raise ImportError(
+        f"dcn_plugin.mmengine needs MMEngine, which does not import ({type(error).__name__}: {error}): "
+        "install it with `pip install 'mmengine>=0.10'`"
+    ) from error
+
+from . import patches
+from .conv_layers import register_conv_layers
+from .deformable_key import register_deformable_key
+from .offset_hook import DeformOffsetHook, register_offset_hook
+from .runner import Runner
+
+__all__ = ["DeformOffsetHook", "Runner"]
+
+register_conv_layers()
+register_deformable_key()
+register_offset_hook()
+patches.load_mmengine_checkpoints()
+patches.apply_offset_learning_rates()
+patches.load_old_offsets()

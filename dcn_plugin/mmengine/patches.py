@@ -1,0 +1,83 @@
+"""Changes to the behaviour of MMEngine and PyTorch, a function each; all may be called more than once."""
+
+import functools
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
+from mmengine.optim import DefaultOptimWrapperConstructor
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from dcn_plugin.layers.old_offsets import predicts_offsets, rename_old_offsets
+from dcn_plugin.layers.zero_init import ZeroInitConv2d
+
+
+def load_mmengine_checkpoints() -> None:
+    """Lets ``torch.load`` read the checkpoints that MMEngine's Runner writes.
+
+    Since 2.6 ``torch.load`` refuses all but tensors and plain containers, but MMEngine's checkpoints hold the histories
+    of logged scalars too, and up to 0.10.7 it cannot read them back. Their types join PyTorch's list of safe ones.
+    """
+    # NumPy pickles under the names its modules had in version 1 and, from 2 on, under those they have now.
+    multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
+    functions = [
+        (getattr(multiarray, function), f"numpy.{core}.{function}")
+        for function in ("_reconstruct", "scalar")
+        for core in ("core.multiarray", "_core.multiarray")
+    ]
+    dtypes = {type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?")}
+    torch.serialization.add_safe_globals(
+        [HistoryBuffer, (_statistic_of_history_buffer, "builtins.getattr"), np.ndarray, np.dtype, *dtypes, *functions]
+    )
+
+
+def _statistic_of_history_buffer(owner, name):
+    """``getattr`` as far as a pickled HistoryBuffer needs it: for its own statistics, and nothing else."""
+    if owner is not HistoryBuffer or name.startswith("_"):
+        raise ValueError(
+            f"a checkpoint asks for attribute {name!r} of {owner!r}, which is not a statistic of MMEngine's"
+        )
+    return getattr(owner, name)
+
+
+def apply_offset_learning_rates() -> None:
+    """Lets ``dcn_offset_lr_mult`` of ``paramwise_cfg`` reach our layers.
+
+    MMEngine (all versions up to 0.10.7) looks for an ``nn.Conv2d`` named ``conv_offset`` in a layer of mmcv's class and
+    passes over others without a word. What predicts our offsets is neither. The method is wrapped, rather than a class
+    registered in place of the constructor, so that subclasses and configs that name the class itself follow.
+    """
+    add_params = DefaultOptimWrapperConstructor.add_params
+    if hasattr(add_params, "knows_our_layers"):
+        return
+
+    @functools.wraps(add_params)
+    def add_params_of(self, params, module, prefix="", is_dcn_module=None):
+        if isinstance(module, ZeroInitConv2d) and prefix.rpartition(".")[2] == "conv_offset":
+            stand_in = nn.Conv2d.__new__(nn.Conv2d)
+            stand_in.__dict__ = module.__dict__  # so its parameters are the module's own
+            module, is_dcn_module = stand_in, True
+        add_params(self, params, module, prefix=prefix, is_dcn_module=is_dcn_module)
+
+    add_params_of.knows_our_layers = True
+    DefaultOptimWrapperConstructor.add_params = add_params_of
+
+
+def load_old_offsets() -> None:
+    """Lets checkpoints of mmcv before 1.0 load, whose offsets lie beside the layer: ``conv2_offset.*``.
+
+    Loading shows a module only the keys under its own name, so its parent has to rename them, and any module may become
+    one. Hence PyTorch's process-wide hook on the registration of submodules.
+    """
+    if _watch_registration not in _global_registration_hooks().values():
+        register_module_module_registration_hook(_watch_registration)
+
+
+def _watch_registration(parent: nn.Module, name: str, child: nn.Module) -> None:
+    if predicts_offsets(child):
+        rename_old_offsets(parent)
+
+
+def _global_registration_hooks() -> dict:
+    return torch.nn.modules.module._global_module_registration_hooks
