@@ -29,7 +29,7 @@ class Detector(Case):
         return ("training iteration" if self.training else "inference",)
 
     def contenders(self, device, threads):
-        import dcn_plugin.mmdet  # registers 'DCNv2'
+        import dcn_plugin.mmengine  # not dcn_plugin.mmdet, which runs mmcv's operators on ours
 
         kinds = dict(plain=None, dcn_plugin=dcn_plugin.layers.ModulatedDeformConv2dPack)
         if mmcv := peers.load("mmcv")[0]:

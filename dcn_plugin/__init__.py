@@ -8,5 +8,6 @@ __version__ = "0.1.0"
 
 from . import layers, ops
 from .convert import convert
+from .describe import describe
 
-__all__ = ["convert", "layers", "ops"]
+__all__ = ["convert", "describe", "layers", "ops"]

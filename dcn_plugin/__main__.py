@@ -1,20 +1,22 @@
-"""``python -m dcn_plugin``: the commands of this package."""
+"""``python -m dcn_plugin``, or ``dcn-plugin``: the commands of this package."""
 
 import argparse
 import sys
 
+from . import __version__
 from .commands import convert_checkpoint, inspect
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m dcn_plugin", description="Deformable convolution for MMDetection.")
+    parser.add_argument("--version", action="version", version=f"dcn_plugin {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     inspect.add_parser(commands)
     convert_checkpoint.add_parser(commands)
     args = parser.parse_args(arguments)
     try:
         args.run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
 
 

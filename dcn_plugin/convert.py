@@ -105,7 +105,9 @@ def _check_names(kind: type, conv_kwargs: dict) -> None:
         if name in geometry:
             raise ValueError(f"{name!r} is no option: a convolution that becomes deformable keeps its own {name}")
         if name not in known:
-            near = get_close_matches(name, [*inspect.signature(convert).parameters, *known])
+            near = get_close_matches(
+                name, [*(inspect.signature(convert).parameters.keys() - {"module", "conv_kwargs"}), *known]
+            )
             raise ValueError(
                 f"unknown option {name!r}; " + (f"nearest: {listed(near)}" if near else f"there are {listed(known)}")
             )

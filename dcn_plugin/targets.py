@@ -30,6 +30,10 @@ class Options:
     depthwise: bool | None
     min_channels: int
 
+    def __post_init__(self):
+        if not isinstance(self.min_channels, int):
+            raise ValueError(f"min_channels must be an integer, got {self.min_channels!r}")
+
     def excludes(self, candidate: Candidate, named: bool) -> str | None:
         """Why a convolution that could be deformable is not to be; ``named`` is one whose full name was given."""
         conv = candidate.conv

@@ -33,3 +33,14 @@ def set_matmul_precision():
     before = matmul.fp32_precision
     yield lambda precision: setattr(matmul, "fp32_precision", precision)
     matmul.fp32_precision = before
+
+
+@pytest.fixture
+def mmcv_ops():
+    """mmcv.ops with its own operators, which dcn_plugin.mmdet, once imported, runs on ours."""
+    ops = pytest.importorskip("mmcv.ops", reason="compares with mmcv's operators where they are installed")
+    ours = sys.modules.get("dcn_plugin.mmdet.mmcv_ops")
+    changed = ours.restore() if ours else []
+    yield ops
+    if changed:
+        ours.replace()

@@ -8,16 +8,13 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from mmengine.config import DictAction
-
 from dcn_plugin import __version__
 from dcn_plugin.checkpoints.files import load, save, state_dict_of
 from dcn_plugin.checkpoints.formats import detect, names_of
 from dcn_plugin.checkpoints.offsets import State, deformable_layers, merge_offsets
 from dcn_plugin.targets import listed
 
-from .inspect import build
-from .inspect import load as load_config
+from . import _config
 
 DESCRIPTION = """\
 Converts a checkpoint to MMDetection's names, with this package's layers 'DCN' and 'DCNv2' in it. IN is only read.
@@ -74,7 +71,7 @@ def add_parser(subparsers) -> None:
     add("target", metavar="OUT", help="the file to write")
     add("--format", choices=("auto", *NOTES), default="auto", help="of IN; by default, what its names say")
     add("--config", help="check that OUT loads into the model of this config")
-    add("--cfg-options", nargs="+", action=DictAction, help="key=value, merged into the config")
+    _config.add_options(parser)
     add("--force", action="store_true", help="overwrite OUT")
     add("--trust", action="store_true", help="read IN whatever it contains: runs code that is in it")
     add("--strip", default="", metavar="PREFIX", help="take this from the start of IN's names, first")
@@ -90,7 +87,8 @@ def add_parser(subparsers) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    print(convert_checkpoint(**{name: value for name, value in vars(args).items() if name != "run"}))
+    options = {name: value for name, value in vars(args).items() if name not in ("run", "cfg_options")}
+    print(convert_checkpoint(**options, cfg_options=_config.parsed(args.cfg_options) if args.config else None))
 
 
 def convert_checkpoint(
@@ -230,7 +228,7 @@ def _check(config: str, cfg_options: dict, state: State) -> list[str]:
     Raises:
         ValueError: it does not load, or none of it is the model's.
     """
-    model, where = build(load_config(config, cfg_options)), "the model"
+    model, where = _config.build(_config.load(config, cfg_options)), "the model"
     if hasattr(model, "backbone") and not any(name.startswith("backbone.") for name in state):
         model, where = model.backbone, "the backbone"
     try:

@@ -1,26 +1,18 @@
 """``python -m dcn_plugin inspect CONFIG``: which convolutions of a config are deformable, and what that costs."""
 
-import logging
-from collections import defaultdict
-from collections.abc import Callable
-from importlib import import_module
-from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
-import torch
-from mmengine.config import Config, DictAction
-from mmengine.hub import get_config
-from mmengine.registry import MODELS, init_default_scope
-from mmengine.utils import import_modules_from_strings
-from torch import nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from dcn_plugin.describe import describe
 
-from dcn_plugin.convert import KINDS, logger
-from dcn_plugin.layers import DeformConv2d, ModulatedDeformConv2d
-from dcn_plugin.layers.zero_init import ZeroInitConv2d
+from . import _config
 
-# What a detector runs on the maps of its neck. RoI heads are not among them: their cost depends on the number of boxes.
-DENSE_HEADS = ("rpn_head", "bbox_head", "mask_head", "semantic_head", "roi_head.semantic_head")
-HEADINGS = ("convolution", "channels", "kernel", "", "deformable", "chosen by", "+params", "FLOPs", "+FLOPs")
+if TYPE_CHECKING:
+    from mmengine.config import Config
+
+FLOORS = "dcn_plugin.mmdet", "dcn_plugin.mmengine"
+NOTE = """
+note: this config does not import dcn_plugin.mmdet{instead}. Training needs \
+custom_imports=dict(imports=['dcn_plugin.mmdet']) in the file, or --cfg-options runner_type=dcn_plugin.mmdet.Runner"""
 
 
 def add_parser(subparsers) -> None:
@@ -28,179 +20,34 @@ def add_parser(subparsers) -> None:
         "inspect",
         help="list the spatial convolutions of a config",
         description="Lists every spatial convolution of a config's model: whether it is deformable, which target of "
-        "`deformable=` chose it, and its parameters and FLOPs (multiply-adds). Loads no weights.",
+        "`deformable=` chose it, and its parameters and FLOPs (multiply-adds). Loads no weights. For a model in Python "
+        "there is dcn_plugin.describe.",
     )
     parser.add_argument(
         "config", help="a file, or a package's config such as mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py"
     )
+    _config.add_options(parser)
     parser.add_argument(
-        "--cfg-options", nargs="+", action=DictAction, default={}, help="key=value, merged into the config"
+        "--shape",
+        nargs=2,
+        type=int,
+        metavar=("HEIGHT", "WIDTH"),
+        help="of the image (default: that of the config's test pipeline, or 800 1216)",
     )
-    parser.add_argument(
-        "--shape", nargs=2, type=int, default=(800, 1216), metavar=("HEIGHT", "WIDTH"), help="of the image"
-    )
-    parser.set_defaults(run=lambda args: print(inspect(load(args.config, args.cfg_options), tuple(args.shape))))
+    parser.set_defaults(run=run)
 
 
-def load(name: str, options: dict | None = None) -> Config:
-    """A config by file name or as 'package::path', options merged in, and what it then says to import imported."""
-    import_module("dcn_plugin.mmdet" if find_spec("mmdet") else "dcn_plugin.mmengine")
-    package, _, path = name.partition("::")
-    if path and find_spec(package) is None:
-        raise ValueError(f"{name}: there is no package {package!r}")
-    config = get_config(name) if path else Config.fromfile(name)
-    config.merge_from_dict(options or {})
-    if config.get("custom_imports"):
-        import_modules_from_strings(**config.custom_imports)
-    return config
+def run(args) -> None:
+    config = _config.load(args.config, _config.parsed(args.cfg_options))
+    print(inspect(config, tuple(args.shape) if args.shape else None))
 
 
-def build(config: Config) -> nn.Module:
-    """A config's model, without a log of what became deformable."""
-    init_default_scope(config.get("default_scope", "mmdet"))
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        return MODELS.build(config.model)
-    finally:
-        logger.setLevel(level)
-
-
-def inspect(config: Config, shape: tuple[int, int] = (800, 1216)) -> str:
+def inspect(config: "Config", shape: tuple[int, int] | None = None) -> str:
     """The table for a config's model and images of a shape (height, width)."""
-    model = build(config)
-    table = describe(model, shape)
+    model = _config.build(config)
+    table = describe(model, shape or _config.image_size(config) or (800, 1216))
     imports = (config.get("custom_imports") or {}).get("imports") or []
     named = [*([imports] if isinstance(imports, str) else imports), config.get("runner_type") or ""]
-    floors = "dcn_plugin.mmdet", "dcn_plugin.mmengine"
-    if any(hasattr(m, "chosen_by") for m in model.modules()) and not any(one.startswith(floors) for one in named):
-        table += (
-            "\nnote: this config does not import dcn_plugin.mmdet. Training needs "
-            "custom_imports=dict(imports=['dcn_plugin.mmdet']) in the file, or "
-            "--cfg-options runner_type=dcn_plugin.mmdet.Runner"
-        )
+    if any(hasattr(m, "chosen_by") for m in model.modules()) and not any(one.startswith(FLOORS) for one in named):
+        table += NOTE.format(instead=", but dcn_plugin, which registers nothing" if "dcn_plugin" in named else "")
     return table
-
-
-def describe(model: nn.Module, shape: tuple[int, int] = (800, 1216)) -> str:
-    """The table for a model, which ends on the meta device."""
-    names = defaultdict(list)
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, _ConvNd) and not isinstance(module, ZeroInitConv2d):
-            names[module].append(name)
-    flops = _trace(model, shape)
-    rows, extra_parameters, extra_flops = [], 0, 0
-    for conv, its_names in names.items():
-        deformable = isinstance(conv, (DeformConv2d, ModulatedDeformConv2d))
-        if not deformable and max(conv.kernel_size) == 1:
-            continue
-        own, extra, parameters = flops.get(conv), None, 0
-        if deformable and hasattr(conv, "conv_offset"):
-            parameters = sum(parameter.numel() for parameter in conv.conv_offset.parameters())
-            extra = flops.get((conv, "sampling"), 0) + flops.get(conv.conv_offset, 0) if own else None
-        extra_parameters += parameters
-        extra_flops += extra or 0
-        rows.append(
-            (
-                its_names[0] + (f" and {len(its_names) - 1} more" if len(its_names) > 1 else ""),
-                f"{conv.in_channels}->{conv.out_channels}",
-                "x".join(map(str, conv.kernel_size)),
-                _details(conv),
-                _kind(conv) if deformable else "",
-                getattr(conv, "chosen_by", ""),
-                f"{parameters:,}" if deformable else "",
-                _giga(own),
-                _giga(extra) if deformable else "",
-            )
-        )
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    total = sum(flops.values())
-    footer = [
-        "",
-        f"{len(rows)} spatial convolutions, {sum(bool(row[4]) for row in rows)} of them deformable",
-        f"parameters of the model: {(parameters - extra_parameters) / 1e6:.2f} M plain, {parameters / 1e6:.2f} M as "
-        f"configured (+{extra_parameters / 1e6:.2f} M)",
-        f"FLOPs (multiply-adds) of all its convolutions for an image of {shape[0]} x {shape[1]}: "
-        + (
-            f"{_giga(total - extra_flops)} plain, {_giga(total)} as configured (+{_giga(extra_flops)})"
-            if total
-            else "not counted, since the model could not be traced"
-        ),
-    ]
-    if any(row[7] == "-" for row in rows):
-        footer.append("-: not counted, since it runs on boxes or could not be traced")
-    return "\n".join([*_aligned([HEADINGS, *rows]), *footer])
-
-
-def _trace(model: nn.Module, shape: tuple[int, int]) -> dict:
-    """Multiply-adds of each convolution, and of the samples that a deformable one takes, for one image."""
-    flops = defaultdict(int)
-
-    def count(conv, inputs, output):
-        small, channels = (
-            (inputs[0], conv.out_channels) if isinstance(conv, _ConvTransposeNd) else (output, conv.in_channels)
-        )
-        taps = conv.weight[0, 0].numel()
-        flops[conv] += small.numel() * channels // conv.groups * taps
-        if isinstance(conv, (DeformConv2d, ModulatedDeformConv2d)):
-            # Four neighbours for each value that the plain convolution reads.
-            flops[conv, "sampling"] += 4 * output[:, 0].numel() * conv.in_channels * taps
-
-    model = model.to("meta").eval() or model  # meta: shapes alone, nothing is computed; mmdet's ResNet.eval gives None
-    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, _ConvNd)]
-    images = torch.empty(1, 3, *shape, device="meta")
-    try:
-        maps = _attempt(getattr(model, "extract_feat", model), images)
-        for path in DENSE_HEADS:
-            head = model
-            for part in path.split("."):
-                head = getattr(head, part, None)
-            if isinstance(head, nn.Module) and maps is not None:
-                _attempt(head, maps)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return flops
-
-
-def _attempt(function: Callable, inputs):
-    try:
-        with torch.no_grad():
-            return function(inputs)
-    except Exception:  # of any kind: what was reached is counted, the rest is marked
-        return None
-
-
-def _kind(conv: nn.Module) -> str:
-    """The name that configs have for a class, where there is one."""
-    return next((name for name, kind in KINDS.items() if type(conv) is kind), type(conv).__name__)
-
-
-def _details(conv: nn.Module) -> str:
-    details = [f"stride {conv.stride[0]}"] if max(conv.stride) > 1 else []
-    if max(conv.dilation) > 1:
-        details.append(f"dilation {conv.dilation[0]}")
-    if conv.groups > 1:
-        details.append("depthwise" if conv.groups == conv.in_channels else f"groups {conv.groups}")
-    if isinstance(conv, _ConvTransposeNd):
-        details.append("transposed")
-    if not conv.weight.requires_grad:
-        details.append("frozen")
-    return ", ".join(details)
-
-
-def _giga(flops: int | None) -> str:
-    return "-" if flops is None else f"{flops / 1e9:.2f} G"
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    left = len(HEADINGS) - 3  # names to the left, numbers to the right
-    return [
-        "  ".join(
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            if width
-        ).rstrip()
-        for row in rows
-    ]

@@ -5,6 +5,7 @@ All are ``nn.Conv2d``, and name it among their direct bases, since mmengine's in
 they are initialised and folded with a batch norm like the convolution they stand for.
 """
 
+import logging
 import warnings
 
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from dcn_plugin.ops import deform_conv2d
 
 from .max_offset import checked_bound
 from .zero_init import ZeroInitConv2d
+
+logger = logging.getLogger("dcn_plugin")
 
 
 def _explicit_padding(padding, kernel_size, stride, dilation):
@@ -60,7 +63,9 @@ class _DeformConv:
                 raise ValueError(f"got both deform_groups={deform_groups} and deformable_groups={deformable_groups}")
             warnings.warn("deformable_groups is deprecated, use deform_groups", DeprecationWarning, stacklevel=2)
             deform_groups = deformable_groups
-        if deform_groups < 1 or in_channels % deform_groups:
+        if not isinstance(deform_groups, int) or deform_groups < 1:
+            raise ValueError(f"deform_groups must be a positive integer, got {deform_groups!r}")
+        if in_channels % deform_groups:
             raise ValueError(f"in_channels ({in_channels}) must be divisible by deform_groups ({deform_groups})")
         if padding_mode != "zeros":
             raise ValueError(f"a deformable convolution reads zeros outside the map: padding_mode={padding_mode!r}")
@@ -187,6 +192,8 @@ class _PredictsOffsets:
 
     _version = 2  # of the state dict, as mmcv counts: before 2, the parent held the offset convolution
     _channels_per_tap: int
+    _in_metadata: tuple[str, ...] = ("max_offset",)  # attributes that a state dict keeps beside the version
+    _warned_of_offsets = False
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -205,6 +212,33 @@ class _PredictsOffsets:
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, out_channels, Ho, Wo), as ``nn.Conv2d``."""
         return self._conv_forward(x, self.weight, self.bias)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]].update({name: getattr(self, name) for name in self._in_metadata})
+        self._warn_of_dead_offsets(prefix)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        for name in self._in_metadata:
+            own = getattr(self, name)
+            trained = local_metadata.get(name, own)
+            if own != trained:
+                logger.warning(
+                    f"{prefix[:-1] or type(self).__name__}: the checkpoint was trained with {name}={trained}, but this "
+                    f"layer has {name}={own} and computes something else; set {name}={trained} in its config"
+                )
+
+    def _warn_of_dead_offsets(self, prefix):
+        """Offsets that are not finite sample nothing: the layer is dead, while the loss stays finite."""
+        offsets = [p for p in self.conv_offset.parameters() if type(p) is nn.Parameter and not p.is_meta]
+        if not self._warned_of_offsets and not all(p.isfinite().all() for p in offsets):
+            self._warned_of_offsets = True
+            logger.warning(
+                f"{prefix[:-1] or type(self).__name__}: its conv_offset is not finite, so the layer samples nothing; "
+                "go on from an earlier checkpoint, with a smaller learning rate of the offsets or with max_offset"
+            )
 
 
 class DeformConv2dPack(_PredictsOffsets, DeformConv2d, nn.Conv2d):
@@ -228,10 +262,12 @@ class ModulatedDeformConv2dPack(_PredictsOffsets, ModulatedDeformConv2d, nn.Conv
     published model, it starts at 0.5: a new layer computes half of what the plain convolution computes (plus the bias).
     With a scale of 2 it starts at 1, exactly, so that a trained convolution may become this layer; :func:`convert`
     does so. Other arguments and errors are those of :class:`ModulatedDeformConv2d`, the state dict's keys those of
-    :class:`DeformConv2dPack`: the scale is a matter of the config, as the stride is.
+    :class:`DeformConv2dPack`. The scale is a matter of the config, as the stride is; the state dict's metadata keeps
+    it, and loading into a layer of another scale is a warning in the log 'dcn_plugin'.
     """
 
     _channels_per_tap = 3
+    _in_metadata = ("max_offset", "mask_scale")
 
     def __init__(self, *args, mask_scale=1.0, **kwargs):
         super().__init__(*args, **kwargs)

@@ -1,5 +1,6 @@
 """Deformable RoI align layers: given their offsets (DeformRoIAlign) or predicting them (the packs)."""
 
+import torch.fx
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
@@ -7,6 +8,12 @@ from dcn_plugin.ops import deform_roi_align
 
 from .max_offset import bounded_share, checked_bound
 from .zero_init import ZeroInitLinear
+
+
+@torch.fx.wrap
+def _check_channels(input: Tensor, channels: int) -> None:
+    if input.shape[1] != channels:
+        raise ValueError(f"output_channels is {channels}, but input has shape {tuple(input.shape)}")
 
 
 class DeformRoIAlign(nn.Module):
@@ -108,8 +115,7 @@ class DeformRoIAlignPack(DeformRoIAlign):
 
     def forward(self, input: Tensor, rois: Tensor) -> Tensor:
         """(N, output_channels, H, W) and rois (K, 5) to (K, output_channels, oh, ow)."""
-        if input.shape[1] != self.output_channels:
-            raise ValueError(f"output_channels is {self.output_channels}, but input has shape {tuple(input.shape)}")
+        _check_channels(input, self.output_channels)
         straight = super().forward(input, rois).flatten(1)
         offset = self.offset_fc(straight).unflatten(1, (2, *self.output_size))
         return super().forward(input, rois, offset, self._predict_mask(straight))

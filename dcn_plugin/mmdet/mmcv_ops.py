@@ -2,47 +2,73 @@
 
 That reaches what uses mmcv's operators without asking a registry: the heads of RepPoints, VFNet, TOOD, FoveaBox, Guided
 Anchoring, Cascade RPN, CentripetalNet and GLIP, DyHead, the switchable convolution of DetectoRS, and
-``roi_layer=dict(type='DeformRoIPoolPack')``. Their classes, parameters and checkpoints stay mmcv's. Three functions
+``roi_layer=dict(type='DeformRoIPoolPack')``. Their classes, parameters and checkpoints stay mmcv's. These names
 change, in every module that has imported them:
 
 - ``mmcv.ops.deform_conv.deform_conv2d``
 - ``mmcv.ops.modulated_deform_conv.modulated_deform_conv2d``
 - ``mmcv.ops.deform_roi_pool.deform_roi_pool``
+- ``mmcv.ops.DeformConv2dPack`` and ``mmcv.ops.ModulatedDeformConv2dPack``, so that ``isinstance`` of these is true of
+  what the types 'DCN' and 'DCNv2' build (they are no abstract classes, with which a layer could be registered)
 
-They compute what mmcv's compute and, unlike these, take keyword arguments, any batch size, empty batches, and RoIs on
-the CPU.
+The functions compute what mmcv's compute and, unlike these, take keyword arguments, any batch size, empty batches, and
+RoIs on the CPU.
 """
 
 import contextlib
 import logging
 import sys
-from types import FunctionType, MethodType
+from types import FunctionType, MethodType, ModuleType
 
 import torch
-from mmcv.ops.deform_conv import DeformConv2dFunction
+from mmcv.ops.deform_conv import DeformConv2dFunction, DeformConv2dPack
 from mmcv.ops.deform_roi_pool import DeformRoIPoolFunction
-from mmcv.ops.modulated_deform_conv import ModulatedDeformConv2dFunction
+from mmcv.ops.modulated_deform_conv import ModulatedDeformConv2dFunction, ModulatedDeformConv2dPack
 from mmengine.logging import print_log
 from torch import Tensor
 
-from dcn_plugin import ops
+from dcn_plugin import layers, ops
+
+_replaced: list[tuple[ModuleType, str, object]] = []
 
 
 def replace() -> list[str]:
-    """Puts our functions in the place of mmcv's.
+    """Puts our functions and layers in the place of mmcv's; what is ours already stays.
 
     Returns:
-        The names that changed, as 'module.function'; none, where they are ours already.
+        The names that changed, as 'module.name'.
     """
-    replaced = _rebind({theirs: ours for ours, theirs in _theirs().items()})
-    if replaced:
-        print_log(f"dcn_plugin runs {', '.join(replaced)}", logger="current", level=logging.INFO)
-    return replaced
+    # mmcv names `apply` of its autograd functions. Each access makes another such method, but all are equal.
+    ours = {
+        DeformConv2dFunction.apply: deform_conv2d,
+        ModulatedDeformConv2dFunction.apply: modulated_deform_conv2d,
+        DeformRoIPoolFunction.apply: deform_roi_pool,
+        DeformConv2dPack: layers.DeformConv2dPack,
+        ModulatedDeformConv2dPack: layers.ModulatedDeformConv2dPack,
+    }
+    found = [
+        (module, name, value)
+        for module in list(sys.modules.values())
+        if getattr(module, "__name__", None) != __name__
+        for name, value in list(getattr(module, "__dict__", {}).items())
+        if type(value) in (FunctionType, MethodType, type) and value in ours
+    ]
+    for module, name, value in found:
+        setattr(module, name, ours[value])
+    _replaced.extend(found)
+    changed = [f"{module.__name__}.{name}" for module, name, _ in found]
+    if changed:
+        print_log(f"dcn_plugin runs {', '.join(changed)}", logger="current", level=logging.DEBUG)
+    return changed
 
 
 def restore() -> list[str]:
-    """Puts mmcv's functions back. Returns the names that changed."""
-    return _rebind(_theirs())
+    """Puts back what :func:`replace` replaced. Returns the names that changed."""
+    changed = [f"{module.__name__}.{name}" for module, name, _ in _replaced]
+    for module, name, value in _replaced:
+        setattr(module, name, value)
+    _replaced.clear()
+    return changed
 
 
 def deform_conv2d(
@@ -100,28 +126,6 @@ def deform_roi_pool(
     offset = offset.type_as(input) if offset is not None and offset.numel() else None
     with _no_autocast(input):
         return ops.deform_roi_align(input, rois, offset, output_size, spatial_scale, int(sampling_ratio), gamma)
-
-
-def _theirs() -> dict:
-    # mmcv names `apply` of its autograd functions. Each access makes another such method, but all are equal.
-    return {
-        deform_conv2d: DeformConv2dFunction.apply,
-        modulated_deform_conv2d: ModulatedDeformConv2dFunction.apply,
-        deform_roi_pool: DeformRoIPoolFunction.apply,
-    }
-
-
-def _rebind(new_of_old: dict) -> list[str]:
-    """Changes whatever global name of a module, other than this one, stands for an old function."""
-    rebound = []
-    for name, module in list(sys.modules.items()):
-        if name == __name__:
-            continue
-        for key, value in list(getattr(module, "__dict__", {}).items()):
-            if type(value) in (FunctionType, MethodType) and value in new_of_old:
-                setattr(module, key, new_of_old[value])
-                rebound.append(f"{name}.{key}")
-    return rebound
 
 
 def _convolve(input, offset, weight, bias, stride, padding, dilation, mask, groups, deform_groups):

@@ -1,8 +1,14 @@
 """Loads the native library and holds what every operator's registration shares."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import ParamSpec
 
 import torch
+from torch import Tensor
+
+P = ParamSpec("P")
 
 FOLDER = Path(__file__).parent.parent
 NAMESPACE = "dcn_plugin"
@@ -89,6 +95,22 @@ def register_no_double_backward(operator: str) -> None:
         raise NotImplementedError(f"{NAMESPACE}.{operator} is not differentiable: second derivatives are not supported")
 
     torch.library.register_autograd(f"{NAMESPACE}::{operator}", refuse)
+
+
+def overridable(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Lets arguments that override torch's functions (``__torch_function__``) answer a public function's calls.
+
+    torch.fx traces by such arguments: the function becomes one node of the graph.
+    """
+
+    @functools.wraps(function)
+    def public(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        values = (*args, *kwargs.values())
+        if torch.overrides.has_torch_function(values):
+            return torch.overrides.handle_torch_function(public, values, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return public
 
 
 def pair(value, name: str) -> list[int]:

@@ -3,9 +3,17 @@
 import torch
 from torch import Tensor
 
-from ._library import check_devices, memory_format_of, pair, register_autocast, register_no_double_backward
+from ._library import (
+    check_devices,
+    memory_format_of,
+    overridable,
+    pair,
+    register_autocast,
+    register_no_double_backward,
+)
 
 
+@overridable
 def deform_conv2d(
     input: Tensor,
     offset: Tensor,

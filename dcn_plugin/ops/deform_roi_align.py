@@ -3,9 +3,17 @@
 import torch
 from torch import Tensor
 
-from ._library import check_devices, memory_format_of, pair, register_autocast, register_no_double_backward
+from ._library import (
+    check_devices,
+    memory_format_of,
+    overridable,
+    pair,
+    register_autocast,
+    register_no_double_backward,
+)
 
 
+@overridable
 def deform_roi_align(
     input: Tensor,
     rois: Tensor,
@@ -37,7 +45,7 @@ def deform_roi_align(
             :func:`deform_conv2d`), as a share of gamma times the RoI's width and height.
         output_size: bins as int or (oh, ow).
         spatial_scale: pixels of the map per pixel of the image, e.g. 1/16.
-        sampling_ratio: samples a bin and axis; 0 takes ceil(RoI's size / bins).
+        sampling_ratio: samples a bin and axis; 0, or -1 as in torchvision, takes ceil(RoI's size / bins).
         gamma: scale of the offsets.
         mask: (K, 1, oh, ow) or None, multiplies the bins.
 
@@ -51,7 +59,14 @@ def deform_roi_align(
             RoI gives zeros.
     """
     return torch.ops.dcn_plugin.deform_roi_align(
-        input, rois, offset, mask, pair(output_size, "output_size"), float(spatial_scale), sampling_ratio, float(gamma)
+        input,
+        rois,
+        offset,
+        mask,
+        pair(output_size, "output_size"),
+        float(spatial_scale),
+        max(sampling_ratio, 0),
+        float(gamma),
     )
 
 

@@ -110,9 +110,8 @@ SMALL = [
 
 @pytest.mark.parametrize("direction", Conv.directions)
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.label)
-def test_installed_peers_take_part(case, direction):
+def test_installed_peers_take_part(mmcv_ops, case, direction):
     """mmcv is there wherever this suite runs: that it agrees means that both were asked for the same thing."""
-    pytest.importorskip("mmcv.ops")
     contenders, calls, skipped = runnable(case, direction, "cpu", 2)
     assert {"dcn_plugin", "mmcv"} <= set(calls)
     assert set(skipped) <= {"mmcv deform_roi_pool", "openvino", "openvino dense", "onnxruntime", "onnxruntime dense"}

@@ -10,9 +10,9 @@ from torch import nn
 
 pytest.importorskip("mmengine")
 
-from dcn_plugin import convert
+import dcn_plugin
+from dcn_plugin import convert, describe
 from dcn_plugin.__main__ import main
-from dcn_plugin.commands.inspect import describe
 
 
 class Net(nn.Module):
@@ -128,4 +128,28 @@ def test_leaves_no_hooks_behind():
     net = Net()
     describe(net, (8, 8))
     assert not any(module._forward_hooks for module in net.modules())
-    assert next(net.parameters()).device == torch.device("meta")
+    assert next(net.parameters()).device == torch.device("cpu")
+
+
+def test_help_and_version_need_no_mmengine():
+    code = "import sys; sys.modules['mmengine'] = None; from dcn_plugin.__main__ import main; main(sys.argv[1:])"
+    for arguments in (["--help"], ["inspect", "--help"], ["convert-checkpoint", "--help"], ["--version"]):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"dcn_plugin {dcn_plugin.__version__}"
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "size"),
+    [
+        ("[dict(type='Resize', scale=(1333, 800), keep_ratio=True)]", "800 x 1333"),
+        ("[dict(type='mmdet.Resize', scale=(64, 96), keep_ratio=False)]", "96 x 64"),
+        ("[dict(type='Resize', scale=(600, 600), keep_ratio=True), dict(type='Pad', size=(640, 640))]", "640 x 640"),
+        ("[dict(type='LoadImageFromFile')]", "800 x 1216"),
+    ],
+)
+def test_the_image_is_that_of_the_test_pipeline(config, pipeline, size, capsys):
+    with open(config, "a") as file:
+        file.write(f"test_dataloader = dict(dataset=dict(pipeline={pipeline}))\n")
+    main(["inspect", config])
+    assert f"for an image of {size}" in capsys.readouterr().out

@@ -219,6 +219,8 @@ def test_refuses_what_cannot_be_deformable(target, reason, caplog):
         (dict(target="layer1"), "unknown option 'target'; nearest: targets"),
         (dict(deform_group=2), "unknown option 'deform_group'; nearest: deform_groups"),
         (dict(type="DCN", mask_scale=1), "unknown option 'mask_scale'"),
+        (dict(modul=1), "unknown option 'modul'; there are deform_groups"),
+        (dict(min_channels="big"), "min_channels must be an integer, got 'big'"),
         (dict(padding=1), "'padding' is no option: a convolution that becomes deformable keeps its own padding"),
         (dict(deform_groups=3), r"layer1.2 \(Conv2d.*divisible by deform_groups \(3\)"),
         (dict(fallback_on_stride=False), "unknown option 'fallback_on_stride'; there are deform_groups, .*max_offset"),
@@ -348,8 +350,7 @@ class TestMmcv:
         with pytest.raises(ValueError, match=f"{name} computes something of its own"):
             convert(net)
 
-    def test_the_offsets_of_mmcvs_layers_are_left_alone(self):
-        ops = pytest.importorskip("mmcv.ops")
-        net = nn.ModuleDict(dict(theirs=ops.ModulatedDeformConv2dPack(4, 4, 3), plain=nn.Conv2d(4, 4, 3)))
+    def test_the_offsets_of_mmcvs_layers_are_left_alone(self, mmcv_ops):
+        net = nn.ModuleDict(dict(theirs=mmcv_ops.ModulatedDeformConv2dPack(4, 4, 3), plain=nn.Conv2d(4, 4, 3)))
         convert(net)
         assert deformable(net) == ["plain"]

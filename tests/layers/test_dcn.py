@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.optimization import fuse
 
 from dcn_plugin.layers import DeformConv2d, DeformConv2dPack, ModulatedDeformConv2d, ModulatedDeformConv2dPack
 from dcn_plugin.ops import deform_conv2d
@@ -27,15 +28,9 @@ def assert_close(actual, expected, rtol=1e-5):
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol * expected.abs().max().item())
 
 
-def mmcv_pack(pack):
-    ops = pytest.importorskip("mmcv.ops")
-    return {DeformConv2dPack: ops.DeformConv2dPack, ModulatedDeformConv2dPack: ops.ModulatedDeformConv2dPack}[pack]
-
-
 @pytest.mark.parametrize("layer", [DeformConv2d, ModulatedDeformConv2d])
-def test_constructor_begins_as_mmcvs(layer):
-    ops = pytest.importorskip("mmcv.ops")
-    theirs = list(inspect.signature(getattr(ops, layer.__name__).__init__).parameters.values())
+def test_constructor_begins_as_mmcvs(mmcv_ops, layer):
+    theirs = list(inspect.signature(getattr(mmcv_ops, layer.__name__).__init__).parameters.values())
     ours = list(inspect.signature(layer.__init__).parameters.values())
     for mine, other in zip(ours, theirs, strict=False):
         assert (mine.name, mine.default) == (other.name, other.default)
@@ -46,9 +41,9 @@ def test_constructor_begins_as_mmcvs(layer):
 @PACKS
 @pytest.mark.parametrize("deform_groups", [1, 2])
 @pytest.mark.parametrize("kernel", [3, (1, 5)])
-def test_loads_mmcvs_state_dict_and_computes_the_same(pack, deform_groups, kernel):
+def test_loads_mmcvs_state_dict_and_computes_the_same(mmcv_ops, pack, deform_groups, kernel):
     arguments = dict(stride=2, padding=(1, 2), dilation=1, groups=2, deform_groups=deform_groups)
-    theirs = randomised(mmcv_pack(pack)(4, 6, kernel, **arguments))
+    theirs = randomised(getattr(mmcv_ops, pack.__name__)(4, 6, kernel, **arguments))
     ours = pack(4, 6, kernel, **arguments)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     ours.load_state_dict(theirs.state_dict())
@@ -237,7 +232,7 @@ def test_string_padding():
     ("arguments", "message"),
     [
         (dict(deform_groups=3), r"in_channels \(4\) must be divisible by deform_groups \(3\)"),
-        (dict(deform_groups=0), r"deform_groups \(0\)"),
+        (dict(deform_groups=0), r"deform_groups must be a positive integer, got 0"),
         (dict(groups=3), "divisible by groups"),
         (dict(padding_mode="reflect"), "padding_mode='reflect'"),
         (dict(padding="same", stride=2), "'same'.*stride=2"),
@@ -249,3 +244,79 @@ def test_string_padding():
 def test_wrong_arguments_are_named(pack, arguments, message):
     with pytest.raises(ValueError, match=message):
         pack(4, 6, 3, **arguments)
+
+
+class TestMetadata:
+    """``mask_scale`` and ``max_offset`` travel in a state dict's metadata, which MMEngine saves and loads."""
+
+    def warned(self, caplog, saved, layer):
+        caplog.clear()
+        layer.load_state_dict(saved)
+        return caplog.messages
+
+    def test_another_mask_scale_is_a_warning(self, caplog):
+        native, converted = ModulatedDeformConv2dPack(4, 4, 3), ModulatedDeformConv2dPack(4, 4, 3, mask_scale=2)
+        net, other = nn.Sequential(native), nn.Sequential(converted)
+        (message,) = self.warned(caplog, net.state_dict(), other)
+        assert message.startswith("0: ") and "mask_scale=1.0, but this layer has mask_scale=2.0" in message
+        assert "set mask_scale=1.0" in message
+        assert not self.warned(caplog, net.state_dict(), nn.Sequential(ModulatedDeformConv2dPack(4, 4, 3)))
+
+    @PACKS
+    def test_another_max_offset_is_a_warning(self, pack, caplog):
+        (message,) = self.warned(caplog, pack(4, 4, 3, max_offset=2).state_dict(), pack(4, 4, 3))
+        assert message.startswith(pack.__name__) and "max_offset=2.0, but this layer has max_offset=None" in message
+
+    def test_checkpoints_without_it_load_silently(self, caplog):
+        saved = ModulatedDeformConv2dPack(4, 4, 3).state_dict()
+        plain = dict(saved)
+        assert not hasattr(plain, "_metadata")
+        assert not self.warned(caplog, plain, ModulatedDeformConv2dPack(4, 4, 3, mask_scale=2))
+        saved._metadata[""] = dict(version=2)  # as mmcv writes it
+        assert not self.warned(caplog, saved, ModulatedDeformConv2dPack(4, 4, 3, mask_scale=2))
+
+    def test_through_mmengines_checkpoints(self, caplog, tmp_path):
+        checkpoint = pytest.importorskip("mmengine.runner.checkpoint")
+        net = nn.Sequential(ModulatedDeformConv2dPack(4, 4, 3))
+        state = checkpoint.weights_to_cpu(checkpoint.get_state_dict(net))
+        checkpoint.save_checkpoint(dict(state_dict=state), str(tmp_path / "a.pth"))
+        other = nn.Sequential(ModulatedDeformConv2dPack(4, 4, 3, mask_scale=2))
+        caplog.clear()
+        checkpoint.load_checkpoint(other, str(tmp_path / "a.pth"))
+        assert len([m for m in caplog.messages if "trained with mask_scale=1.0" in m]) == 1
+
+
+def test_offsets_that_are_not_finite_are_a_warning_once_when_saved(caplog):
+    net = nn.Sequential(DeformConv2dPack(4, 4, 3))
+    net.state_dict()
+    assert not caplog.messages
+    net[0].conv_offset.weight.data[3] = float("nan")
+    assert net(torch.rand(1, 4, 8, 8)).isfinite().all()  # which is why nothing else says so
+    net.state_dict()
+    net.state_dict()
+    (message,) = caplog.messages
+    assert message.startswith("0: its conv_offset is not finite, so the layer samples nothing")
+
+
+@PACKS
+def test_symbolic_trace(pack):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), randomised(pack(4, 4, 3, padding=1)), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    traced = torch.fx.symbolic_trace(net)
+    assert sum(node.target is deform_conv2d for node in traced.graph.nodes) == 1
+    x = torch.randn(2, 3, 9, 8)
+    assert torch.equal(traced(x), net(x))
+    assert_close(fuse(net)(x), net(x))
+    body = torch.fx.GraphModule(net, traced.graph)
+    assert torch.equal(body(x), net(x))
+
+
+@pytest.mark.parametrize("value", [2.0, 0, "2", None])
+def test_deform_groups_that_are_no_count(value):
+    with pytest.raises(ValueError, match="deform_groups must be a positive integer, got"):
+        DeformConv2dPack(4, 4, 3, deform_groups=value)
+
+
+@PACKS
+def test_an_unbatched_map_is_refused_by_name(pack):
+    with pytest.raises(RuntimeError, match=r"input must have shape \(N, C, H, W\), got \(4, 5, 5\)"):
+        pack(4, 4, 3)(torch.rand(4, 5, 5))

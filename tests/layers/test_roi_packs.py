@@ -27,20 +27,19 @@ def randomised(layer):
     return layer
 
 
-def mmcvs(layer):
-    ops = pytest.importorskip("mmcv.ops")
-    return getattr(ops, layer.__name__.replace("Align", "Pool"))
+def mmcvs(layer, mmcv_ops):
+    return getattr(mmcv_ops, layer.__name__.replace("Align", "Pool"))
 
 
 @LAYERS
-def test_constructor_is_mmcvs(layer):
-    ours, theirs = (inspect.signature(cls).parameters.values() for cls in (layer, mmcvs(layer)))
+def test_constructor_is_mmcvs(mmcv_ops, layer):
+    ours, theirs = (inspect.signature(cls).parameters.values() for cls in (layer, mmcvs(layer, mmcv_ops)))
     assert [(p.name, p.default) for p in ours if p.kind is not p.KEYWORD_ONLY] == [(p.name, p.default) for p in theirs]
 
 
 @PACKS
-def test_loads_mmcvs_state_dict_and_computes_with_it(pack):
-    theirs, ours = randomised(small(mmcvs(pack))), small(pack)
+def test_loads_mmcvs_state_dict_and_computes_with_it(mmcv_ops, pack):
+    theirs, ours = randomised(small(mmcvs(pack, mmcv_ops))), small(pack)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(2, 4, 12, 10)
@@ -122,3 +121,12 @@ def test_copies_pickles_and_shows_itself(pack):
 def test_wrong_channels_are_named(pack):
     with pytest.raises(ValueError, match=r"output_channels is 4, but input has shape \(2, 5, 12, 10\)"):
         small(pack)(torch.randn(2, 5, 12, 10), ROIS)
+
+
+@PACKS
+def test_symbolic_trace(pack):
+    layer, x = randomised(small(pack)), torch.randn(2, 4, 12, 10)
+    traced = torch.fx.symbolic_trace(layer)
+    assert torch.equal(traced(x, ROIS), layer(x, ROIS))
+    with pytest.raises(ValueError, match="output_channels is 4"):
+        traced(x[:, :3], ROIS)

@@ -12,17 +12,22 @@ import mmcv.ops
 from mmcv.ops import deform_conv, modulated_deform_conv
 from mmdet.models.dense_heads import tood_head
 from mmdet.models.necks.dyhead import DyHeadBlock
+from mmengine.registry import MODELS
 
+from dcn_plugin import layers
 from dcn_plugin.mmdet import mmcv_ops as ours
 from dcn_plugin.ops import reference
-
-ours.restore()  # importing replaced them; every test says what it needs
 
 
 class Theirs:  # a namespace: names of this module's own would be replaced too
     v1 = ours.DeformConv2dFunction.apply
     v2 = ours.ModulatedDeformConv2dFunction.apply
     roi = ours.DeformRoIPoolFunction.apply
+
+
+@pytest.fixture(autouse=True)
+def mmcvs_own(mmcv_ops):
+    """Every test begins with the operators of mmcv in their places."""
 
 
 @pytest.fixture
@@ -173,34 +178,51 @@ PLACES = [
 
 
 def test_replaces_and_restores_every_name():
+    assert mmcv.ops.DeformConv2dPack is not layers.DeformConv2dPack
     assert all(getattr(module, name) == theirs for module, name, theirs in PLACES)
     changed = ours.replace()
     try:
         assert {f"{module.__name__}.{name}" for module, name, _ in PLACES} <= set(changed)
         assert all(getattr(module, name) is getattr(ours, name) for module, name, _ in PLACES)
         assert ours.replace() == []
+        # What mmdet's own tests ask of a ResNet, and users' code.
+        for kind, pack in (("DCN", mmcv.ops.DeformConv2dPack), ("DCNv2", mmcv.ops.ModulatedDeformConv2dPack)):
+            layer = MODELS.build(dict(type=kind, in_channels=1, out_channels=1, kernel_size=1))
+            assert isinstance(layer, pack) and pack is vars(layers)[pack.__name__]
     finally:
         assert set(ours.restore()) == set(changed)
     assert all(getattr(module, name) == theirs for module, name, theirs in PLACES)
     assert ours.restore() == []
 
 
-def layers():
-    yield mmcv.ops.DeformConv2d(4, 4, 3, padding=1), lambda x: (x, torch.randn(2, 18, 8, 8))
-    # Smaller than its kernel: the layer pads the map and the offset, and cuts the output.
-    yield mmcv.ops.DeformConv2d(4, 6, 3, padding=1, groups=2), lambda x: (x[..., :2, :2], torch.randn(2, 18, 2, 2))
-    yield mmcv.ops.DeformConv2dPack(4, 4, 3, padding=1, deform_groups=2), lambda x: (x,)
-    yield mmcv.ops.ModulatedDeformConv2dPack(4, 4, 3, padding=1, stride=2), lambda x: (x,)
-    yield mmcv.ops.SAConv2d(4, 4, 3, padding=1, use_deform=True), lambda x: (x,)
-    yield (
-        DyHeadBlock(16, 16, zero_init_offset=False),
+LAYERS = {
+    "DeformConv2d": (lambda: mmcv.ops.DeformConv2d(4, 4, 3, padding=1), lambda x: (x, random(2, 18, 8, 8))),
+    # The layer pads a map that is smaller than its kernel, and the offset, and cuts the output.
+    "DeformConv2d, small map": (
+        lambda: mmcv.ops.DeformConv2d(4, 6, 3, padding=1, groups=2),
+        lambda x: (x[..., :2, :2], random(2, 18, 2, 2)),
+    ),
+    "DeformConv2dPack": (lambda: mmcv.ops.DeformConv2dPack(4, 4, 3, padding=1, deform_groups=2), lambda x: (x,)),
+    "ModulatedDeformConv2dPack": (
+        lambda: mmcv.ops.ModulatedDeformConv2dPack(4, 4, 3, padding=1, stride=2),
+        lambda x: (x,),
+    ),
+    "SAConv2d": (lambda: mmcv.ops.SAConv2d(4, 4, 3, padding=1, use_deform=True), lambda x: (x,)),
+    "DyHeadBlock": (
+        lambda: DyHeadBlock(16, 16, zero_init_offset=False),
         lambda x: ([x.repeat(1, 4, 1, 1), x.repeat(1, 4, 1, 1)[..., ::2, ::2]],),
-    )
+    ),
+}
 
 
-@pytest.mark.parametrize("layer, inputs", [pytest.param(*one, id=type(one[0]).__name__) for one in layers()])
-def test_mmcvs_layers_run_on_ours_and_compute_the_same(layer, inputs):
-    args = inputs(torch.randn(2, 4, 8, 8))
+def random(*size):
+    return torch.randn(*size, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_mmcvs_layers_run_on_ours_and_compute_the_same(name):
+    make, inputs = LAYERS[name]
+    layer, args = make().double(), inputs(random(2, 4, 8, 8))
     with torch.no_grad():
         for parameter in layer.parameters():  # zeros would leave offsets, and the attention's ReLU, at their kinks
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
@@ -221,7 +243,7 @@ def test_mmcvs_layers_run_on_ours_and_compute_the_same(layer, inputs):
         ours.restore()
     assert none == 0 and some >= 2  # forward and backward
     for one, other in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)  # float32 sums in another order
+        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["DeformRoIPoolPack", "ModulatedDeformRoIPoolPack"])

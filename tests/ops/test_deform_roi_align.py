@@ -85,8 +85,7 @@ def test_float32_rois_beside_half_features(device):
 
 
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
-def test_equals_mmcv_roi_align_without_offsets(sampling_ratio):
-    mmcv_ops = pytest.importorskip("mmcv.ops", reason="compares with mmcv's operators where they are installed")
+def test_equals_mmcv_roi_align_without_offsets(mmcv_ops, sampling_ratio):
     rois = ROIS[:3]  # mmcv's RoI align clamps the size of empty RoIs
 
     def mmcv_roi_align(input):

@@ -1,0 +1,78 @@
+"""How the commands read configs. MMEngine is imported when a command runs, so that ``--help`` needs none."""
+
+import argparse
+import logging
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from dcn_plugin.convert import logger
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="merged into the config, as by mmdet's tools"
+    )
+
+
+def parsed(options: list[str]) -> dict:
+    """The values of ``--cfg-options``, as MMEngine reads them."""
+    from mmengine.config import DictAction
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("options", nargs="*", action=DictAction)
+    return parser.parse_args(options).options or {}
+
+
+def load(name: str, options: dict | None = None) -> "Config":
+    """A config by file name or as 'package::path', options merged in, and what it then says to import imported."""
+    import_module("dcn_plugin.mmdet" if find_spec("mmdet") else "dcn_plugin.mmengine")
+    from mmengine.config import Config
+    from mmengine.hub import get_config
+    from mmengine.utils import import_modules_from_strings
+
+    package, _, path = name.partition("::")
+    if path and find_spec(package) is None:
+        raise ValueError(f"{name}: there is no package {package!r}")
+    config = get_config(name) if path else Config.fromfile(name)
+    config.merge_from_dict(options or {})
+    if config.get("custom_imports"):
+        import_modules_from_strings(**config.custom_imports)
+    return config
+
+
+def build(config: "Config") -> nn.Module:
+    """A config's model, without a log of what became deformable."""
+    from mmengine.registry import MODELS, init_default_scope
+
+    init_default_scope(config.get("default_scope", "mmdet"))
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        return MODELS.build(config.model)
+    finally:
+        logger.setLevel(level)
+
+
+def image_size(config: "Config") -> tuple[int, int] | None:
+    """(height, width) to which a config's test pipeline brings images, padded as its model pads batches.
+
+    The largest that its resizing allows; None where it does not say.
+    """
+    pipeline = (config.get("test_dataloader") or {}).get("dataset", {}).get("pipeline") or config.get("test_pipeline")
+    size = None
+    for step in pipeline or []:
+        given = step.get("scale") if "Resize" in str(step.get("type")) else step.get("size")
+        if str(step.get("type")).rpartition(".")[2] in ("Resize", "FixScaleResize", "Pad") and given:
+            width, height = (given, given) if isinstance(given, int) else given
+            size = (min(height, width), max(height, width)) if step.get("keep_ratio") else (height, width)
+    if size is None:
+        return None
+    divisor = (config.model.get("data_preprocessor") or {}).get("pad_size_divisor", 1)
+    height, width = (-(-length // divisor) * divisor for length in size)
+    return height, width

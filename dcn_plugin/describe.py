@@ -1,0 +1,147 @@
+"""Lists the convolutions of a model and what its deformable ones cost; needs torch alone."""
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from .convert import KINDS
+from .layers import DeformConv2d, ModulatedDeformConv2d
+from .layers.zero_init import ZeroInitConv2d
+
+# What a detector runs on the maps of its neck. RoI heads are not among them: their cost depends on the number of boxes.
+DENSE_HEADS = ("rpn_head", "bbox_head", "mask_head", "semantic_head", "roi_head.semantic_head")
+HEADINGS = ("convolution", "channels", "kernel", "", "deformable", "chosen by", "+params", "FLOPs", "+FLOPs")
+
+
+def describe(model: nn.Module, shape: tuple[int, int] = (800, 1216)) -> str:
+    """A table of a model's spatial convolutions: which are deformable, what chose them, their parameters and FLOPs.
+
+    Args:
+        model: any module; it is copied and stays as it is.
+        shape: (height, width) of the image that its FLOPs (multiply-adds) are counted for.
+    """
+    model = copy.deepcopy(model)
+    names = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, _ConvNd) and not isinstance(module, ZeroInitConv2d):
+            names[module].append(name)
+    flops = _trace(model, shape)
+    rows, extra_parameters, extra_flops = [], 0, 0
+    for conv, its_names in names.items():
+        deformable = isinstance(conv, (DeformConv2d, ModulatedDeformConv2d))
+        if not deformable and max(conv.kernel_size) == 1:
+            continue
+        own, extra, parameters = flops.get(conv), None, 0
+        if deformable and hasattr(conv, "conv_offset"):
+            parameters = sum(parameter.numel() for parameter in conv.conv_offset.parameters())
+            extra = flops.get((conv, "sampling"), 0) + flops.get(conv.conv_offset, 0) if own else None
+        extra_parameters += parameters
+        extra_flops += extra or 0
+        rows.append(
+            (
+                its_names[0] + (f" and {len(its_names) - 1} more" if len(its_names) > 1 else ""),
+                f"{conv.in_channels}->{conv.out_channels}",
+                "x".join(map(str, conv.kernel_size)),
+                _details(conv),
+                _kind(conv) if deformable else "",
+                getattr(conv, "chosen_by", ""),
+                f"{parameters:,}" if deformable else "",
+                _giga(own),
+                _giga(extra) if deformable else "",
+            )
+        )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(flops.values())
+    footer = [
+        "",
+        f"{len(rows)} spatial convolutions, {sum(bool(row[4]) for row in rows)} of them deformable",
+        f"parameters of the model: {(parameters - extra_parameters) / 1e6:.2f} M plain, {parameters / 1e6:.2f} M as "
+        f"configured (+{extra_parameters / 1e6:.2f} M)",
+        f"FLOPs (multiply-adds) of all its convolutions for an image of {shape[0]} x {shape[1]}: "
+        + (
+            f"{_giga(total - extra_flops)} plain, {_giga(total)} as configured (+{_giga(extra_flops)})"
+            if total
+            else "not counted, since the model could not be traced"
+        ),
+    ]
+    if any(row[7] == "-" for row in rows):
+        footer.append("-: not counted, since it runs on boxes or could not be traced")
+    return "\n".join([*_aligned([HEADINGS, *rows]), *footer])
+
+
+def _trace(model: nn.Module, shape: tuple[int, int]) -> dict:
+    """Multiply-adds of each convolution, and of the samples that a deformable one takes, for one image."""
+    flops = defaultdict(int)
+
+    def count(conv, inputs, output):
+        small, channels = (
+            (inputs[0], conv.out_channels) if isinstance(conv, _ConvTransposeNd) else (output, conv.in_channels)
+        )
+        taps = conv.weight[0, 0].numel()
+        flops[conv] += small.numel() * channels // conv.groups * taps
+        if isinstance(conv, (DeformConv2d, ModulatedDeformConv2d)):
+            # Four neighbours for each value that the plain convolution reads.
+            flops[conv, "sampling"] += 4 * output[:, 0].numel() * conv.in_channels * taps
+
+    model = model.to("meta").eval() or model  # meta: shapes alone, nothing is computed; mmdet's ResNet.eval gives None
+    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, _ConvNd)]
+    images = torch.empty(1, 3, *shape, device="meta")
+    try:
+        maps = _attempt(getattr(model, "extract_feat", model), images)
+        for path in DENSE_HEADS:
+            head = model
+            for part in path.split("."):
+                head = getattr(head, part, None)
+            if isinstance(head, nn.Module) and maps is not None:
+                _attempt(head, maps)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return flops
+
+
+def _attempt(function: Callable, inputs):
+    try:
+        with torch.no_grad():
+            return function(inputs)
+    except Exception:  # of any kind: what was reached is counted, the rest is marked
+        return None
+
+
+def _kind(conv: nn.Module) -> str:
+    """The name that configs have for a class, where there is one."""
+    return next((name for name, kind in KINDS.items() if type(conv) is kind), type(conv).__name__)
+
+
+def _details(conv: nn.Module) -> str:
+    details = [f"stride {conv.stride[0]}"] if max(conv.stride) > 1 else []
+    if max(conv.dilation) > 1:
+        details.append(f"dilation {conv.dilation[0]}")
+    if conv.groups > 1:
+        details.append("depthwise" if conv.groups == conv.in_channels else f"groups {conv.groups}")
+    if isinstance(conv, _ConvTransposeNd):
+        details.append("transposed")
+    if not conv.weight.requires_grad:
+        details.append("frozen")
+    return ", ".join(details)
+
+
+def _giga(flops: int | None) -> str:
+    return "-" if flops is None else f"{flops / 1e9:.2f} G"
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    left = len(HEADINGS) - 3  # names to the left, numbers to the right
+    return [
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            if width
+        ).rstrip()
+        for row in rows
+    ]
