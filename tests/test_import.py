@@ -93,6 +93,7 @@ from torch.nn.modules import module as torch_module
 def state():
     registries = [MODELS, *MODELS.children.values(), HOOKS]
     return dict(
+        resume=mmengine.runner.Runner.resume,
         bottleneck=mmdet.models.backbones.resnet.Bottleneck.__init__,
         parameters=mmengine.optim.DefaultOptimWrapperConstructor.add_params,
         build=[registry.build_func for registry in registries],
@@ -232,14 +233,14 @@ def state():
     return [MODELS.build_func, dict(MODELS.module_dict), dict(HOOKS.module_dict),
             [(child.build_func, dict(child.module_dict)) for child in MODELS.children.values()],
             mmengine.optim.DefaultOptimWrapperConstructor.add_params,
-            mmdet.models.backbones.resnet.Bottleneck.__init__,
+            mmdet.models.backbones.resnet.Bottleneck.__init__, mmengine.runner.Runner.resume,
             len(torch.serialization.get_safe_globals()),
             len(torch.nn.modules.module._global_module_registration_hooks)]
 
 before = state()
 steps = [register_conv_layers, register_deformable_key, register_offset_hook, mmcv_ops.replace, register_roi_extractors,
          mmengine_patches.load_mmengine_checkpoints, mmengine_patches.apply_offset_learning_rates,
-         mmengine_patches.load_old_offsets, patches.fall_back_on_stride]
+         mmengine_patches.load_old_offsets, mmengine_patches.explain_resuming, patches.fall_back_on_stride]
 for step in steps:
     step()
     assert state() == before, step

@@ -98,20 +98,23 @@ class _Watch:
 class DeformOffsetHook(Hook):
     """Logs how far the offsets of each deformable layer reach, and warns when they run away.
 
-    Every ``interval`` iterations the message hub, and so every visualizer backend, gets for each layer that ran:
+    Every ``interval`` iterations the visualizer's backends get for each layer that ran:
 
-    - ``train/offset_mean/<layer>``, ``train/offset_max/<layer>``: mean and largest length of the displacements, in
-      pixels of the layer's input map. Of RoI layers, the displacements of the bins.
-    - ``train/offset_outside/<layer>``: share of the samples that fall outside the map and so count as 0, padding
-      included: a 3x3 kernel with zero offsets has some at the borders. Of RoI layers, of the bins by their centres.
-    - ``train/mask_mean/<layer>``: mean of the mask, where there is one.
+    - ``offset_mean/<layer>``, ``offset_max/<layer>``: mean and largest length of the displacements, in pixels of the
+      layer's input map. The length is Euclidean, whereas ``max_offset`` bounds y and x, each. Of RoI layers, the
+      displacements of the bins.
+    - ``offset_outside/<layer>``: share of the samples that fall outside the map and so count as 0, padding included: a
+      3x3 kernel with zero offsets has some at the borders. Of RoI layers, of the bins by their centres.
+    - ``mask_mean/<layer>``: mean of the mask, where there is one.
+
+    The log gets one line, of the layer whose offsets reach furthest on average.
 
     They are taken over all calls of a layer in the iteration, on the process's own images, from what the operator gets:
     within ``max_offset`` where the layer has one. Offsets that are not finite count as outside and in no mean. Other
     iterations cost nothing. Compiled models run uncompiled in the iterations that are looked at.
 
     Args:
-        interval: iterations; that of MMEngine's LoggerHook, or a divisor of it, makes each log line current.
+        interval: iterations.
         threshold: in pixels of the layer's input map; a larger mean gives a warning, once a layer and run, as do
             offsets that are not finite.
         layers: glob or several on the names of the layers to look at, such as 'backbone.layer4.*'.
@@ -158,19 +161,26 @@ class DeformOffsetHook(Hook):
             return
         collected = [watch.collected() for watch in watches.values()]
         rows = torch.stack([one.to(collected[0].device) for one in collected]).tolist()  # waits once for the device
+        every: dict[str, float] = {}
+        furthest = None
         for (name, watch), (reach, finite, outside, mask, largest) in zip(watches.items(), rows, strict=True):
             mean = reach / finite if finite else float("nan")
             scalars = dict(offset_mean=mean, offset_max=largest, offset_outside=outside / watch.samples)
             if watch.masks:
                 scalars["mask_mean"] = mask / watch.masks
-            for kind, value in scalars.items():
-                runner.message_hub.update_scalar(f"train/{kind}/{name}", value)
+            every |= {f"{kind}/{name}": value for kind, value in scalars.items()}
+            if furthest is None or not mean <= furthest[1]["offset_mean"]:  # one that is not a number is the furthest
+                furthest = name, scalars
             if finite < watch.samples:
                 lost = watch.samples - int(finite)
                 self._warn(runner, name, "not finite", f"{lost} of {watch.samples} displacements are not finite")
             elif mean > self.threshold:
                 text = f"displaced by {mean:.1f} pixels on average, {largest:.1f} at most; the threshold is"
                 self._warn(runner, name, "too far", f"the samples run away, {text} {self.threshold:g}")
+        runner.visualizer.add_scalars(every, step=runner.iter + 1)
+        name, scalars = furthest
+        text = ", ".join(f"{kind} {value:.3g}" for kind, value in scalars.items())
+        runner.logger.info(f"DeformOffsetHook, iteration {runner.iter + 1}, furthest of {len(watches)}: {name}: {text}")
 
     def after_train(self, runner) -> None:
         self._stop_watching()

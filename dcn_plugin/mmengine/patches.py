@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.optim import DefaultOptimWrapperConstructor
+from mmengine.runner import Runner
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
@@ -62,6 +63,31 @@ def apply_offset_learning_rates() -> None:
 
     add_params_of.knows_our_layers = True
     DefaultOptimWrapperConstructor.add_params = add_params_of
+
+
+def explain_resuming() -> None:
+    """Says what to do where a plain model's run is resumed with a model that has offsets by now.
+
+    PyTorch's optimizers (all versions) only say that parameter groups differ.
+    """
+    resume = Runner.resume
+    if hasattr(resume, "explains"):
+        return
+
+    @functools.wraps(resume)
+    def resume_or_explain(self, filename, *args, **kwargs):
+        try:
+            resume(self, filename, *args, **kwargs)
+        except ValueError as error:
+            if "parameter group" not in str(error) or not any(map(predicts_offsets, self.model.modules())):
+                raise
+            raise ValueError(
+                f"{error}. If {filename} is of a run before the model became deformable, it cannot be resumed: start "
+                f"from its weights with load_from={str(filename)!r} and resume=False"
+            ) from error
+
+    resume_or_explain.explains = True
+    Runner.resume = resume_or_explain
 
 
 def load_old_offsets() -> None:

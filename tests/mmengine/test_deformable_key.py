@@ -216,6 +216,12 @@ def test_trains_and_resumes(run):
     assert all(torch.equal(value, trained[key]) for key, value in resumed.model.state_dict().items())
 
 
+def test_resuming_a_plain_run_says_load_from(run, tmp_path):
+    run(**{"model.backbone.deformable": None})
+    with pytest.raises(ValueError, match="parameter group.*start from its weights with load_from="):
+        run(resume=True, **{"train_cfg.max_epochs": 2})
+
+
 @pytest.mark.parametrize("given", [None, dict(imports=["math"]), dict(imports="math", allow_failed_imports=True)])
 def test_the_runner_of_the_command_line_imports_and_says_so(run, given):
     assert RUNNERS.get("dcn_plugin.mmengine.Runner") is PluginRunner  # how mmdet's tools look up runner_type

@@ -6,7 +6,6 @@ import logging
 import pytest
 import torch
 from mmengine.hooks import Hook
-from mmengine.logging import MessageHub
 from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.runner import Runner
 from torch import nn
@@ -81,8 +80,13 @@ def run(model, tmp_path, offsets, wrap=None, compile=None, **hook):
     return runner
 
 
-def history(name):
-    return MessageHub.get_current_instance().get_scalar(f"train/{name}").data[0].tolist()
+def rows(tmp_path):
+    [file] = tmp_path.glob("*/vis_data/scalars.json")
+    return [json.loads(line) for line in file.read_text().splitlines() if "offset_mean" in line]
+
+
+def history(tmp_path, name):
+    return [row[name] for row in rows(tmp_path)]
 
 
 def test_logs_what_is_computed_by_hand(tmp_path):
@@ -93,31 +97,34 @@ def test_logs_what_is_computed_by_hand(tmp_path):
     assert model.observed == [False, True, False, True]
     assert all(layer.observer is None for layer in (model.first, model.rest["second"][0], model.rois))
 
-    assert history("offset_mean/first") == history("offset_max/first") == [2.5, 5.0]
+    assert history(tmp_path, "offset_mean/first") == history(tmp_path, "offset_max/first") == [2.5, 5.0]
     # Columns 0 to 5 moved by 2.5: two of six lie at 6 or beyond. Moved by -4: the columns 0 to 3 at -1 or before (the
     # last of these exactly there), and rows 1 to 3 moved by 3 at 4 or beyond; 1 * 2 of 4 * 6 stay.
-    assert history("offset_outside/first") == [pytest.approx(1 / 3), pytest.approx(22 / 24)]
+    assert history(tmp_path, "offset_outside/first") == [pytest.approx(1 / 3), pytest.approx(22 / 24)]
 
-    assert history("offset_mean/rest.second.0") == history("offset_max/rest.second.0") == [0.0, 0.0]
+    assert history(tmp_path, "offset_mean/rest.second.0") == history(tmp_path, "offset_max/rest.second.0") == [0.0, 0.0]
     # Of 3 * 4 rows of taps 10 are on the map, of 3 * 6 columns of taps 16.
-    assert history("offset_outside/rest.second.0") == [pytest.approx(1 - 10 / 12 * 16 / 18)] * 2
-    assert history("mask_mean/rest.second.0") == [0.5, 0.5]
+    assert history(tmp_path, "offset_outside/rest.second.0") == [pytest.approx(1 - 10 / 12 * 16 / 18)] * 2
+    assert history(tmp_path, "mask_mean/rest.second.0") == [0.5, 0.5]
 
     # The RoIs are 2 and 8 pixels of the map wide: bins move by 0.5 * 2 and 0.5 * 8 in x. The centres of the first were
     # at x = 1, 2, those of the second at 1.5, 5.5 and go to 5.5, 9.5: the latter, in both rows, is beyond 6.
-    assert history("offset_mean/rois") == [pytest.approx(2.5)] * 2
-    assert history("offset_max/rois") == [pytest.approx(4.0)] * 2
-    assert history("offset_outside/rois") == [pytest.approx(1 / 4)] * 2
-    assert history("mask_mean/rois") == [0.5, 0.5]
+    assert history(tmp_path, "offset_mean/rois") == [pytest.approx(2.5)] * 2
+    assert history(tmp_path, "offset_max/rois") == [pytest.approx(4.0)] * 2
+    assert history(tmp_path, "offset_outside/rois") == [pytest.approx(1 / 4)] * 2
+    assert history(tmp_path, "mask_mean/rois") == [0.5, 0.5]
 
-    files = list(tmp_path.glob("*/vis_data/scalars.json"))
-    lines = [json.loads(line) for line in files[0].read_text().splitlines()]
-    assert [line["offset_mean/first"] for line in lines] == [2.5, 5.0]
-    assert [line["step"] for line in lines] == [2, 4]
-    assert "train/mask_mean/first" not in runner.message_hub.log_scalars
+    assert history(tmp_path, "step") == [2, 4]
+    assert "mask_mean/first" not in rows(tmp_path)[0]
+
+    [log] = tmp_path.glob("*/*.log")
+    furthest = [line for line in log.read_text().splitlines() if "furthest" in line]
+    assert "iteration 2, furthest of 3: first: offset_mean 2.5, offset_max 2.5, offset_outside 0.333" in furthest[0]
+    assert len(furthest) == 2
+    assert not any("offset" in key for key in runner.message_hub.log_scalars)  # which LoggerHook prints, all of them
 
 
-def test_position_sensitive_parts(tmp_path):
+def test_position_sensitive_parts():
     """A RoI 16 x 32 of the image, in pixels of the map 2.125 x 4.125, its parts' offsets of the second class one."""
     layer = DeformPSRoIPool(2, group_size=1, spatial_scale=1 / 8, trans_std=0.5)
     net = nn.Module()
@@ -131,19 +138,22 @@ def test_position_sensitive_parts(tmp_path):
     hook.after_train_iter(runner, 0)
     width, height = 17 / 8, 33 / 8
     reach = (width**2 + height**2) ** 0.5 / 2
-    assert history("offset_mean/layer") == [pytest.approx(reach / 2)]
-    assert history("offset_max/layer") == [pytest.approx(reach)]
+    assert runner.scalars["offset_mean/layer"] == pytest.approx(reach / 2)
+    assert runner.scalars["offset_max/layer"] == pytest.approx(reach)
     # Centres at x = 0.5 + width / 4 (1.03, 2.09), moved to 2.09, 3.16: on the map. At y = 0.5 + height / 4 (1.53,
     # 3.59), moved to 3.59, 5.66: two of eight parts beyond 4.5.
-    assert history("offset_outside/layer") == [pytest.approx(1 / 4)]
+    assert runner.scalars["offset_outside/layer"] == pytest.approx(1 / 4)
 
 
 class _FakeRunner:
     iter = 0
 
     def __init__(self, model):
-        self.model, self.message_hub = model, MessageHub.get_instance("fake")
+        self.model, self.visualizer, self.scalars = model, self, {}
         self.logger = logging.getLogger("fake")
+
+    def add_scalars(self, scalars, step):
+        self.scalars = scalars
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -151,9 +161,9 @@ class _FakeRunner:
 def test_under_amp_and_gradient_checkpointing(dtype, checkpointed, tmp_path):
     model = Net(dtype, checkpointed)
     run(model, tmp_path, [(0.0, 2.5), (3.0, -4.0)], interval=1)
-    assert history("offset_mean/first") == [2.5, 5.0]
-    assert history("mask_mean/rest.second.0") == [0.5, 0.5]
-    assert history("offset_outside/rest.second.0") == [pytest.approx(1 - 10 / 12 * 16 / 18)] * 2
+    assert history(tmp_path, "offset_mean/first") == [2.5, 5.0]
+    assert history(tmp_path, "mask_mean/rest.second.0") == [0.5, 0.5]
+    assert history(tmp_path, "offset_outside/rest.second.0") == [pytest.approx(1 - 10 / 12 * 16 / 18)] * 2
 
 
 def test_in_a_distributed_wrapper(tmp_path):
@@ -162,7 +172,7 @@ def test_in_a_distributed_wrapper(tmp_path):
         run(Net(), tmp_path, [(0.0, 2.5), (3.0, -4.0)], wrap=MMDistributedDataParallel, interval=1)
     finally:
         torch.distributed.destroy_process_group()
-    assert history("offset_mean/first") == [2.5, 5.0]
+    assert history(tmp_path, "offset_mean/first") == [2.5, 5.0]
 
 
 def test_compiled_models_stay_compiled(tmp_path):
@@ -179,13 +189,13 @@ def test_compiled_models_stay_compiled(tmp_path):
 
     model.first.compile(backend=backend)
     run(model, tmp_path, [(1.0, 0.0), (0.0, 2.5), (9.0, 9.0), (3.0, -4.0), (0.0, 0.0)], interval=2)
-    assert history("offset_mean/first") == [2.5, 5.0]
+    assert history(tmp_path, "offset_mean/first") == [2.5, 5.0]
     assert len(compilations) == 1 and len(calls) == 3  # in iterations 1, 3 and 5, by the same code
 
 
 def test_a_compiled_training_step(tmp_path):
     run(Net(), tmp_path, [(1.0, 0.0), (0.0, 2.5), (9.0, 9.0)], compile=dict(backend="eager"), interval=2)
-    assert history("offset_mean/first") == [2.5]
+    assert history(tmp_path, "offset_mean/first") == [2.5]
 
 
 def test_warns_once_a_layer_of_offsets_that_run_away(tmp_path):
@@ -200,8 +210,8 @@ def test_warns_of_offsets_that_are_not_finite(tmp_path):
     run(Net(), tmp_path, [(0.0, 1.0), (nan, 0.0), (0.0, float("inf")), (0.0, 1.0)], interval=1)
     text = _warnings(tmp_path)
     assert text.count("first: 24 of 24 displacements are not finite") == 1 and "iteration 2" in text
-    assert history("offset_outside/first")[1:3] == [1.0, 1.0]
-    assert history("offset_mean/first")[0] == history("offset_mean/first")[3] == 1.0
+    assert history(tmp_path, "offset_outside/first")[1:3] == [1.0, 1.0]
+    assert history(tmp_path, "offset_mean/first")[0] == history(tmp_path, "offset_mean/first")[3] == 1.0
 
 
 def _warnings(tmp_path):
@@ -210,8 +220,8 @@ def _warnings(tmp_path):
 
 
 def test_looks_at_the_layers_named(tmp_path):
-    runner = run(Net(), tmp_path, [(0.0, 1.0)], interval=1, layers=["rest.*", "first"])
-    names = {key.split("/")[-1] for key in runner.message_hub.log_scalars if "offset" in key}
+    run(Net(), tmp_path, [(0.0, 1.0)], interval=1, layers=["rest.*", "first"])
+    names = {key.split("/")[-1] for key in rows(tmp_path)[0] if "offset" in key}
     assert names == {"rest.second.0", "first"}
     with pytest.raises(ValueError, match=r"'rset\.\*' matches none of the deformable layers: \['first', "):
         run(Net(), tmp_path / "again", [(0.0, 1.0)], layers="rset.*")
@@ -238,28 +248,25 @@ def test_layers_that_do_not_run_or_get_no_rois_log_nothing():
         dict(unused=DeformConv2dPack(1, 1, 1), rois=DeformRoIAlignPack(2, 4, 8), straight=DeformRoIAlign(2))
     )
     hook, runner = DeformOffsetHook(interval=1), _FakeRunner(net)
-    runner.message_hub = MessageHub.get_instance("nothing")
     hook.before_train(runner)
     hook.before_train_iter(runner, 0)
     net["rois"](torch.randn(1, 4, 8, 8), torch.zeros(0, 5))
     net["straight"](torch.randn(1, 4, 8, 8), ROIS)
     hook.after_train_iter(runner, 0)
-    assert not runner.message_hub.log_scalars
+    assert not runner.scalars
 
 
 def test_a_layer_called_twice_counts_both():
     net = nn.ModuleDict(dict(conv=DeformConv2dPack(1, 1, 1)))
     hook, runner = DeformOffsetHook(interval=1), _FakeRunner(net)
-    runner.message_hub = MessageHub.get_instance("twice")
     hook.before_train(runner)
     hook.before_train_iter(runner, 0)
     for size, reach in ((2, 1.0), (4, 2.0)):
         net["conv"].conv_offset.bias.data.fill_(reach / 2**0.5)
         net["conv"](torch.randn(1, 1, size, size))
     hook.after_train_iter(runner, 0)
-    scalars = runner.message_hub.log_scalars
-    assert scalars["train/offset_mean/conv"].current() == pytest.approx((4 * 1 + 16 * 2) / 20)
-    assert scalars["train/offset_max/conv"].current() == pytest.approx(2)
+    assert runner.scalars["offset_mean/conv"] == pytest.approx((4 * 1 + 16 * 2) / 20)
+    assert runner.scalars["offset_max/conv"] == pytest.approx(2)
 
 
 def test_the_interval_must_be_positive():
