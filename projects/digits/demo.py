@@ -1,11 +1,14 @@
 """Trains and tests a deformable detector on handwritten digits with mmdet's own tools, and shows what it found.
 
 Makes the data set, runs the tools/train.py and tools/test.py that mmdet ships inside its package, and prints the COCO
-metrics and where the pictures of the detections are. What is done already is skipped.
+metrics and where the pictures of the detections are. What is done already is skipped, and an interrupted training goes
+on from its last epoch.
 """
 
 import argparse
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,36 +21,77 @@ import numpy as np
 
 HERE = Path(__file__).parent
 TOOLS = Path(mmdet.__file__).parent / ".mim" / "tools"
+# OpenMP's threads spin while they wait: beside one busy process a training then takes ten times as long.
+ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", **os.environ}
+ITERATION = re.compile(r"Epoch\(train\)\s+\[(\d+)\]\[\s*(\d+)/(\d+)\].*?eta: ([\d:]+).*?\sloss: ([\d.]+)")
 
 
-def run(what, *command):
-    """Runs a command whose output the user sees; the demo ends where it fails."""
-    print(f"==> {what}\n    {' '.join(map(str, command))}", flush=True)
+class Progress:
+    """Turns the lines of a training's log into a few of epoch, loss and time left."""
+
+    def __init__(self, epochs, lines=24):
+        self.epochs, self.lines, self.shown = epochs, lines, -1
+
+    def __call__(self, line):
+        found = ITERATION.search(line)
+        if found is None:
+            return None
+        epoch, done, of = map(int, found.groups()[:3])
+        share = (epoch - 1 + done / of) / self.epochs
+        if int(share * self.lines) <= self.shown:
+            return None
+        self.shown = int(share * self.lines)
+        return f"    epoch {epoch} of {self.epochs}, {share:4.0%}, loss {found[5]}, {found[4]} left"
+
+
+def run(what, *command, log, verbose, progress=lambda line: None):
+    """Runs a command, its output into a log; shows its progress, and the log's end where the command fails."""
+    print(f"==> {what}", flush=True)
     start = time.monotonic()
-    if subprocess.run([sys.executable, *map(str, command)]).returncode:
-        sys.exit(f"error: {what}: the command above failed; its output says why")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, *map(str, command)]
+    with (
+        open(log, "a") as file,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=ENVIRONMENT
+        ) as process,
+    ):
+        file.write(f"$ {' '.join(command)}\n")
+        for line in process.stdout:
+            file.write(line)
+            shown = line.rstrip() if verbose else progress(line)
+            if shown:
+                print(shown, flush=True)
+    if process.returncode:
+        print("".join(log.read_text().splitlines(keepends=True)[-20:]), file=sys.stderr)
+        sys.exit(f"error: {what} failed; the whole output: {log}")
     print(f"    done in {time.monotonic() - start:.0f} s", flush=True)
 
 
-def trained(work_dir, config):
-    """The checkpoint of a finished training with this very config, or None."""
-    record = work_dir / "trained.json"
-    if not record.exists():
+def last_checkpoint(work_dir, config):
+    """The checkpoint of a training with this very config, finished or not, or None."""
+    record, last = work_dir / "config.txt", work_dir / "last_checkpoint"
+    if not (record.exists() and last.exists() and record.read_text() == config.read_text()):
         return None
-    content = json.loads(record.read_text())
-    checkpoint = Path(content["checkpoint"])
-    return checkpoint if content["config"] == config.read_text() and checkpoint.exists() else None
+    checkpoint = Path(last.read_text())
+    return checkpoint if checkpoint.exists() else None
 
 
-def train(work_dir, config):
-    run("Training (5 minutes on two cores; mmdet's tools/train.py)", TOOLS / "train.py", config, "--work-dir", work_dir)
-    checkpoint = Path((work_dir / "last_checkpoint").read_text())
-    record = dict(config=config.read_text(), checkpoint=str(checkpoint))
-    (work_dir / "trained.json").write_text(json.dumps(record))
-    return checkpoint
+def train(work_dir, config, epochs, resume, **options):
+    if not resume:
+        (work_dir / "last_checkpoint").unlink(missing_ok=True)
+        work_dir.mkdir(parents=True, exist_ok=True)
+        (work_dir / "config.txt").write_text(config.read_text())
+    run(
+        f"{'Going on with' if resume else 'Training'} the detector (5 minutes on two cores; mmdet's tools/train.py)",
+        *(TOOLS / "train.py", config, "--work-dir", work_dir, *(["--resume"] if resume else [])),
+        progress=Progress(epochs),
+        **options,
+    )
+    return Path((work_dir / "last_checkpoint").read_text())
 
 
-def test(work_dir, config, checkpoint):
+def test(work_dir, config, checkpoint, **options):
     """Tests the checkpoint; returns mmdet's metrics and the folder of pictures, the truth beside what was found."""
     out = work_dir / "test"
     shutil.rmtree(out, ignore_errors=True)
@@ -55,6 +99,7 @@ def test(work_dir, config, checkpoint):
         "Testing the checkpoint (half a minute; mmdet's tools/test.py)",
         *(TOOLS / "test.py", config, checkpoint, "--work-dir", out, "--show-dir", "pictures"),
         *("--cfg-options", "default_hooks.visualization.score_thr=0.25"),
+        **options,
     )
     metrics = json.loads(next(out.glob("*/*.json")).read_text())
     return metrics, next(out.glob("*/pictures"))
@@ -73,21 +118,25 @@ def parse_args():
     parser.add_argument("--config", type=Path, required=True, help="config of the detector")
     parser.add_argument("--work-dir", type=Path, required=True, help="folder for checkpoints, logs and pictures")
     parser.add_argument("--force", action="store_true", help="train again where a trained detector is there already")
+    parser.add_argument("--verbose", action="store_true", help="show all that mmdet's tools print")
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    run("Making the data set (15 s)", HERE / "make_dataset.py")
-    checkpoint = None if args.force else trained(args.work_dir, args.config)
-    if checkpoint:
+    options = dict(log=args.work_dir / "demo.log", verbose=args.verbose)
+    run("Making the data set (15 s)", HERE / "make_dataset.py", **options)
+    epochs = int(re.search(r"^max_epochs = (\d+)", args.config.read_text(), re.MULTILINE)[1])
+    checkpoint = None if args.force else last_checkpoint(args.work_dir, args.config)
+    if checkpoint and checkpoint.stem == f"epoch_{epochs}":
         print(f"==> Trained already: {checkpoint} (FORCE=1 trains again)")
     else:
-        checkpoint = train(args.work_dir, args.config)
-    metrics, pictures = test(args.work_dir, args.config, checkpoint)
+        checkpoint = train(args.work_dir, args.config, epochs, resume=checkpoint is not None, **options)
+    metrics, pictures = test(args.work_dir, args.config, checkpoint, **options)
     sheet = args.work_dir / "detections.jpg"
     contact_sheet(pictures, sheet)
     print(f"\ncheckpoint  {checkpoint}")
+    print(f"log         {options['log']}")
     print(f"pictures    {pictures} (truth left, detections right)")
     print(f"a few       {sheet}")
     print(f"AP          {metrics['coco/bbox_mAP']:.3f}")

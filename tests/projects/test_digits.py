@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,46 @@ def test_trains_tests_and_survives_saving(digits, tmp_path):
 
 def test_is_this_checkout():
     assert Path(dcn_plugin.__file__).parents[1] == ROOT
+
+
+def demo():
+    spec = spec_from_file_location("demo", ROOT / "projects" / "digits" / "demo.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_demo_shows_a_few_lines_of_a_long_log():
+    lines = [
+        f"11/21 18:00:00 - mmengine - INFO - Epoch(train)  [{epoch}][{done:3d}/150]  base_lr: 1e-3 lr: 1e-3  "
+        f"eta: 0:05:0{epoch}  time: 0.3300  data_time: 0.01  loss: 1.5{epoch}  loss_cls: 0.7\n"
+        for epoch in range(1, 9)
+        for done in range(10, 151, 10)
+    ]
+    progress = demo().Progress(epochs=8)
+    shown = [text for text in map(progress, ["noise\n", *lines]) if text]
+    assert 20 <= len(shown) <= 26
+    assert shown[0] == "    epoch 1 of 8,   1%, loss 1.51, 0:05:01 left"
+    assert shown[-1] == "    epoch 8 of 8, 100%, loss 1.58, 0:05:08 left"
+
+
+def test_the_demo_goes_on_only_with_the_same_config(tmp_path):
+    last_checkpoint, config, work_dir = demo().last_checkpoint, tmp_path / "config.py", tmp_path / "work"
+    work_dir.mkdir()
+    config.write_text("max_epochs = 8\n")
+    assert last_checkpoint(work_dir, config) is None
+    (work_dir / "config.txt").write_text("max_epochs = 8\n")
+    (work_dir / "last_checkpoint").write_text(str(work_dir / "epoch_3.pth"))
+    assert last_checkpoint(work_dir, config) is None  # written down, but not there
+    (work_dir / "epoch_3.pth").touch()
+    assert last_checkpoint(work_dir, config) == work_dir / "epoch_3.pth"
+    config.write_text("max_epochs = 9\n")
+    assert last_checkpoint(work_dir, config) is None
+
+
+def test_a_failing_step_of_the_demo_shows_the_end_of_its_log(tmp_path, capfd):
+    log = tmp_path / "log" / "demo.log"
+    demo().run("Step", "-c", "print('fine')", log=log, verbose=False)
+    with pytest.raises(SystemExit, match=f"error: Step failed; the whole output: {log}"):
+        demo().run("Step", "-c", "raise RuntimeError('no disk')", log=log, verbose=False)
+    assert "RuntimeError: no disk" in capfd.readouterr().err and "fine" in log.read_text()
