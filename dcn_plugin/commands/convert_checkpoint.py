@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from pathlib import Path
 
 from dcn_plugin import __version__
@@ -131,6 +132,8 @@ def convert_checkpoint(
     if target.exists() and not force:
         raise ValueError(f"{target} exists; --force overwrites it")
 
+    if find_spec("mmengine"):
+        import dcn_plugin.mmengine  # noqa: F401  so that torch.load reads what MMEngine's checkpoints contain
     checkpoint = load(source, trust)
     given, beside = state_dict_of(checkpoint, source)
     dropped = [name for name in given if any(fnmatchcase(name, glob) for glob in drop)]

@@ -11,6 +11,7 @@ pytest.importorskip("mmdet")
 from mmdet.registry import MODELS
 from mmengine.registry import init_default_scope
 
+import dcn_plugin.mmdet  # noqa: F401
 from dcn_plugin.layers import DeformConv2dPack, ModulatedDeformConv2dPack
 
 from .models import BACKBONES, HEADS, NECKS

@@ -197,7 +197,7 @@ PS_LAYERS = {
 def test_position_sensitive(kind):
     channels, options = PS_LAYERS[kind]
     built, feat = ps_extractor(kind, **options), torch.randn(2, channels, 32, 32)
-    maps = built.roi_layers[0].score_maps(feat) if "Conv" in kind else feat
+    maps = built.roi_layers[0].score_maps(feat) if kind == "DeformRFCNPool" else feat
     expected = deform_ps_roi_pool(maps, ROIS, None, 2, sample_per_part=2, spatial_scale=1 / 8)
     torch.testing.assert_close(built((feat,), ROIS), expected)  # untrained: straight bins
     half = torch.tensor([[1, 62.5, 60.0, 187.5, 180.0]])

@@ -137,6 +137,12 @@ def test_wild_offsets_and_rois_give_zeros(wild, device):
     assert all(g.isfinite().all() for g in gradients.values())
 
 
+def test_a_negative_sampling_ratio_is_that_of_torchvision(device):
+    input, rois = torch.randn(1, 4, 9, 8, device=device), torch.tensor([[0, 5.0, 4, 50, 61]], device=device)
+    adaptive, negative = (deform_roi_align(input, rois, sampling_ratio=ratio, spatial_scale=0.125) for ratio in (0, -1))
+    assert torch.equal(adaptive, negative)
+
+
 @pytest.mark.parametrize("wild", [1e9, -1e9, 1e30, float("inf"), -float("inf"), float("nan")], ids=str)
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
 def test_wild_rois(wild, sampling_ratio, device):
@@ -290,7 +296,6 @@ ERRORS = {
     "mask-dtype": (_change(mask=lambda t: t.half()), {}, "mask must have input's dtype Float, got Half"),
     "output-size": (_change(), dict(output_size=0), "output_size must be two positive integers"),
     "output-size-type": (_change(), dict(output_size=(1, 2, 3)), "output_size must be an integer or two integers"),
-    "sampling-ratio": (_change(), dict(sampling_ratio=-1), "sampling_ratio must not be negative, got -1"),
 }
 
 
