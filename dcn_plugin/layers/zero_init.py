@@ -48,7 +48,7 @@ class ZeroInitConv2d(_ZeroInit, _ConvNd):
         )
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.conv2d(input, self.weight, self.bias, self.stride, self.padding, self.dilation)
+        return F.conv2d(input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class ZeroInitLinear(_ZeroInit, nn.Linear):

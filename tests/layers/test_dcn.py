@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.ao.quantization import get_default_qconfig_mapping, quantize_fx
 from torch.fx.experimental.optimization import fuse
 
 from dcn_plugin.layers import DeformConv2d, DeformConv2dPack, ModulatedDeformConv2d, ModulatedDeformConv2dPack
@@ -86,42 +87,6 @@ def test_offsets_displace_the_samples(pack):
     x = torch.randn(1, 2, 8, 8)
     shifted = nn.functional.conv2d(torch.cat([x[:, :, 1:], torch.zeros(1, 2, 1, 8)], 2), layer.weight, padding=1)
     assert_close(layer(x)[:, :, 1:], shifted[:, :, 1:])
-
-
-@PACKS
-def test_old_checkpoints_load_through_any_parent(pack):
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv2 = pack(4, 4, 3, padding=1)
-
-    new = randomised(nn.Sequential(Block(), Block()))
-    old = {key.replace("conv2.conv_offset.", "conv2_offset."): value for key, value in new.state_dict().items()}
-    assert "1.conv2_offset.bias" in old
-    for loader in (nn.Sequential(Block(), Block()), copy.deepcopy(nn.Sequential(Block(), Block()))):
-        loader.load_state_dict(old)  # strict
-        for key, value in new.state_dict().items():
-            assert torch.equal(loader.state_dict()[key], value)
-    assert "1.conv2_offset.bias" in old  # the caller's dict is left alone
-
-
-@PACKS
-def test_a_true_sibling_named_like_an_old_offset_stays(pack):
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv2 = pack(4, 4, 3)
-            self.conv2_offset = nn.Conv2d(4, pack._channels_per_tap * 9, 3)
-
-    state = randomised(Block()).state_dict()
-    loaded = Block()
-    loaded.load_state_dict(state)
-    assert torch.equal(loaded.conv2_offset.weight, state["conv2_offset.weight"])
-    partial = {key: value for key, value in state.items() if "conv_offset" not in key}
-    assert loaded.load_state_dict(partial, strict=False).missing_keys == [
-        "conv2.conv_offset.weight",
-        "conv2.conv_offset.bias",
-    ]
 
 
 @PACKS
@@ -308,6 +273,19 @@ def test_symbolic_trace(pack):
     assert_close(fuse(net)(x), net(x))
     body = torch.fx.GraphModule(net, traced.graph)
     assert torch.equal(body(x), net(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_fx_quantisation_leaves_the_operator_in_float():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), ModulatedDeformConv2dPack(4, 4, 3, padding=1))
+    x = torch.randn(2, 3, 9, 8)
+    prepared = quantize_fx.prepare_fx(net.eval(), get_default_qconfig_mapping("x86"), (x,))
+    prepared(x)
+    quantised = quantize_fx.convert_fx(prepared)
+    assert any("quantized.conv2d" in str(node.target) for node in quantised.graph.nodes)
+    assert sum(node.target is deform_conv2d for node in quantised.graph.nodes) == 1
+    error = (quantised(x) - net(x)).abs().max()
+    assert 0 < error < 0.03 * net(x).abs().max()  # two layers of eight bits
 
 
 @pytest.mark.parametrize("value", [2.0, 0, "2", None])
