@@ -1,8 +1,8 @@
-// An operator's arguments checked, on every device: dtypes, devices, and through the shape structs all sizes.
+// Checks of an operator's arguments, for every device: dtypes, devices and, through the shape structs, all sizes.
 #pragma once
-#include "deform_conv2d.h"
-#include "deform_ps_roi_pool.h"
-#include "deform_roi_align.h"
+#include "deform_conv2d_shape.h"
+#include "deform_ps_roi_pool_shape.h"
+#include "deform_roi_align_shape.h"
 #include "tensor.h"
 
 namespace dcn {
@@ -19,13 +19,17 @@ inline DeformConv2dShape checked_shape(const Tensor& input, const Tensor& offset
                                   sizes(padding), sizes(dilation));
 }
 
-inline DeformRoIAlignShape checked_shape(const Tensor& input, const Tensor& rois, const std::optional<Tensor>& offset,
-                                         const std::optional<Tensor>& mask, const IntList& output_size,
-                                         double spatial_scale, int64_t sampling_ratio, double gamma) {
+inline void check_roi_tensors(const Tensor& input, const Tensor& rois, const std::optional<Tensor>& offset) {
   check_floating(input, "input");
   check_floating(rois, "rois");
   check_same_device(rois, input, "rois");
   check_like_input(offset, input, "offset");
+}
+
+inline DeformRoIAlignShape checked_shape(const Tensor& input, const Tensor& rois, const std::optional<Tensor>& offset,
+                                         const std::optional<Tensor>& mask, const IntList& output_size,
+                                         double spatial_scale, int64_t sampling_ratio, double gamma) {
+  check_roi_tensors(input, rois, offset);
   check_like_input(mask, input, "mask");
   return make_deform_roi_align_shape(sizes(input), sizes(rois), sizes(offset), sizes(mask), sizes(output_size),
                                      spatial_scale, sampling_ratio, gamma);
@@ -35,10 +39,7 @@ inline DeformPSRoIPoolShape checked_shape(const Tensor& input, const Tensor& roi
                                           const IntList& output_size, const IntList& group_size,
                                           const IntList& part_size, int64_t sample_per_part, double spatial_scale,
                                           double trans_std) {
-  check_floating(input, "input");
-  check_floating(rois, "rois");
-  check_same_device(rois, input, "rois");
-  check_like_input(offset, input, "offset");
+  check_roi_tensors(input, rois, offset);
   return make_deform_ps_roi_pool_shape(sizes(input), sizes(rois), sizes(offset), sizes(output_size), sizes(group_size),
                                        sizes(part_size), sample_per_part, spatial_scale, trans_std);
 }

@@ -1,4 +1,5 @@
-// Where does a sample fall? The one home of the border rules: every kernel, on the host and on the device, asks here.
+// Where a sample falls, its weights and its derivatives. The border rules of every kernel, on the host and on the
+// device, are in this file alone.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -20,9 +21,9 @@ struct AxisSample {
   T frac;
 };
 
-// Convolution: the map continues with zeros, and a sample counts where -1 < position < size. NaN and infinities fail
-// the comparisons; samples that do not count are moved to -2, where both neighbours are outside. There are selects in
-// place of branches so that compilers turn a loop over it into vectors.
+// Convolution: the map is padded with zeros, and a sample counts where -1 < position < size. NaN and infinities fail
+// the comparisons; samples that do not count are moved to -2, where both neighbours are outside. Selects in place of
+// branches let compilers vectorise loops over this.
 template <class T>
 DCN_INLINE AxisSample<T> locate_zero_padded(T position, int32_t size) {
   position = position > T(-1) ? position : T(-2);
@@ -32,8 +33,8 @@ DCN_INLINE AxisSample<T> locate_zero_padded(T position, int32_t size) {
   return {low < 0 ? -1 : low, high < size ? high : -1, position - floor};
 }
 
-// RoI align: a sample counts where -1 <= position <= size, and between the edge and the border pixel's centre it takes
-// the border pixel's value, so that moving it there changes nothing.
+// RoI align: a sample counts where -1 <= position <= size. Beyond the border pixel's centre it takes that pixel's
+// value, and its derivative there is zero.
 template <class T>
 DCN_INLINE AxisSample<T> locate_clamped(T position, int32_t size) {
   if (!(position >= T(-1) && position <= T(size))) return {-1, -1, T(0)};
@@ -44,7 +45,7 @@ DCN_INLINE AxisSample<T> locate_clamped(T position, int32_t size) {
 }
 
 // PS RoI pooling: a sample counts where -0.5 <= position <= size - 0.5, the area that the map's pixels cover; beyond
-// the border pixel's centre it takes that pixel's value, as above.
+// the border pixel's centre it is clamped as above.
 template <class T>
 DCN_INLINE AxisSample<T> locate_on_map(T position, int32_t size) {
   if (!(position >= T(-0.5) && position <= T(size) - T(0.5))) return {-1, -1, T(0)};
@@ -81,6 +82,19 @@ DCN_INLINE T derivative_y(const Sample<T>& s, const T value[4]) {
 template <class T>
 DCN_INLINE T derivative_x(const Sample<T>& s, const T value[4]) {
   return (T(1) - s.frac_y) * (value[1] - value[0]) + s.frac_y * (value[3] - value[2]);
+}
+
+// What `dot` holds for each of a sample's four pixels is the pixel's values times the gradient of the sampled values,
+// summed over channels. Then these are the gradients of the sample's position and mask (1 without one).
+template <class T>
+struct SamplingGradient {
+  T y, x, mask;
+};
+
+template <class T>
+DCN_INLINE SamplingGradient<T> sampling_gradient(const Sample<T>& s, const T dot[4], T mask) {
+  return {mask * derivative_y(s, dot), mask * derivative_x(s, dot),
+          s.weight[0] * dot[0] + s.weight[1] * dot[1] + s.weight[2] * dot[2] + s.weight[3] * dot[3]};
 }
 
 }  // namespace dcn

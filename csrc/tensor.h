@@ -49,12 +49,18 @@ inline void check_floating(const Tensor& t, const char* name) {
 // The type kernels compute coordinates and sums in: float for everything but double.
 inline ScalarType compute_type(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
 
-// Channels last and not at the same time contiguous, as convolutions read a tensor's preferred layout.
+// Whether `t` is channels last and not at the same time contiguous: the layout in which an operator returns its result.
 inline bool prefers_channels_last(const Tensor& t) {
   const auto stride = t.strides();
   const auto size = t.sizes();
   return stride[1] == 1 && size[1] > 1 && stride[3] >= size[1] && stride[2] >= stride[3] * size[3];
 }
+
+inline MemoryFormat format_of(bool channels_last) {
+  return channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+}
+
+inline MemoryFormat format_of(const Tensor& t) { return format_of(prefers_channels_last(t)); }
 
 inline Tensor as(const Tensor& t, ScalarType type, MemoryFormat format = MemoryFormat::Contiguous) {
   const Tensor converted = t.scalar_type() == type ? t : torch::stable::to(t, type);
@@ -72,6 +78,24 @@ inline Tensor empty(const Tensor& like, IntList size, ScalarType type, MemoryFor
 inline Tensor zeros(const Tensor& like, IntList size, ScalarType type, MemoryFormat format = MemoryFormat::Contiguous) {
   Tensor t = empty(like, std::move(size), type, format);
   return torch::stable::zero_(t);
+}
+
+// A gradient while it is computed, uninitialised: absent where it is not needed, or its argument is absent.
+inline std::optional<Tensor> make_gradient(bool needed, const std::optional<Tensor>& argument, ScalarType type,
+                                           MemoryFormat format = MemoryFormat::Contiguous) {
+  if (!needed || !argument) return std::nullopt;
+  return empty(*argument, IntList(sizes(*argument).begin(), sizes(*argument).end()), type, format);
+}
+
+inline std::optional<Tensor> zeroed(std::optional<Tensor> t) {
+  if (t) torch::stable::zero_(*t);
+  return t;
+}
+
+// The gradient as the operator returns it, in input's dtype; empty where it is absent.
+inline Tensor finished(const std::optional<Tensor>& gradient, const Tensor& input,
+                       MemoryFormat format = MemoryFormat::Contiguous) {
+  return gradient ? as(*gradient, input.scalar_type(), format) : empty(input, {0}, input.scalar_type());
 }
 
 template <class T>

@@ -1,11 +1,10 @@
-#include "deform_conv2d.h"
-
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 #include <vector>
 
 #include "../arguments.h"
+#include "deform_conv2d_kernels.h"
 #include "dispatch.h"
 #include "parallel.h"
 
@@ -14,10 +13,9 @@ DCN_KERNELS(DeformConv2dKernels, deform_conv2d_kernels)
 namespace dcn::cpu {
 namespace {
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Measured on shapes of ResNet-50 (benchmarks/NOTES.md). Only shapes decide, never the number of threads, so that
-// results repeat. A tile's columns of a slab, and in the backward their gradients, fit in a 1 MiB second-level cache.
+// Measured on shapes of ResNet-50 (benchmarks/NOTES.md). The division into tasks depends on the shape alone, not on the
+// number of threads, so that results repeat. The im2col columns of a tile and slab, and in the backward their gradients
+// too, fit in an L2 cache of 1 MiB.
 constexpr int64_t kForwardSlab = 128;  // channels
 constexpr int64_t kBackwardSlab = 128;
 constexpr int64_t kLeastSlab = 32;
@@ -30,14 +28,14 @@ class OwnedPlan : public Plan {
     shape = s;
     this->lanes = lanes;
     depthwise = s.groups == s.channels && s.out_channels == s.channels;
-    // Channels that are summed together; depthwise, which sums none, takes all of them as one group.
+    // How many groups are merged into one. Depthwise convolutions sum over no channels: theirs are one group.
     int64_t merged = depthwise ? s.groups : std::max<int64_t>(1, std::min(s.groups, lanes / s.group_channels()));
     while (s.groups % merged) --merged;  // the largest divisor of groups that still fits in a vector
     groups = s.groups / merged;
     group_channels = s.group_channels() * merged;
     group_out_channels = s.group_out_channels() * merged;
 
-    // The backward shares its tasks out by slabs: few channels and images make narrower ones.
+    // A task of the backward is a slab: few channels and images are divided into narrower slabs, to have enough tasks.
     int64_t slab_channels = backward ? kBackwardSlab : kForwardSlab;
     while (backward && slab_channels > kLeastSlab && s.batch * s.channels < kBackwardTasks * slab_channels)
       slab_channels /= 2;
@@ -65,10 +63,6 @@ class OwnedPlan : public Plan {
   std::vector<Slab> storage_;
 };
 
-MemoryFormat format_of(const Tensor& t) {
-  return prefers_channels_last(t) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-}
-
 // `weight` is contiguous in `format`; strides of axes of length 1 are anything.
 template <class T>
 WeightView<T> view(const Plan& plan, const Tensor& weight, MemoryFormat format) {
@@ -78,7 +72,7 @@ WeightView<T> view(const Plan& plan, const Tensor& weight, MemoryFormat format) 
   return {data, channels * taps, taps, 1};
 }
 
-// Every tensor of maps and weights has Element's dtype, every other T's.
+// Maps and weights have Element's dtype, all other tensors T's.
 template <class T, class Element>
 void run_forward(const Plan& plan, const DeformConv2dForward<T, Element>& kernels, const Tensor& input,
                  const Tensor& offset, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -124,14 +118,14 @@ Tensor forward(const Tensor& input, const Tensor& offset, const Tensor& weight, 
 }
 
 struct Gradients {
-  Tensor input, offset, mask, weight;
+  std::optional<Tensor> input, offset, mask, weight;
 };
 
-// Adds up the slabs' shares, in order, into grad_offset and grad_mask.
+// Adds the slabs' partial sums, in order, into grad_offset and grad_mask.
 template <class T>
-void reduce_sampling(const Plan& plan, const T* shares, T* grad_offset, T* grad_mask) {
+void reduce_sampling(const Plan& plan, const T* partials, T* grad_offset, T* grad_mask) {
   const DeformConv2dShape& s = plan.shape;
-  const int64_t taps = s.taps(), positions = s.positions(), share = s.batch * 3 * taps * positions;
+  const int64_t taps = s.taps(), positions = s.positions(), slab_size = s.batch * 3 * taps * positions;
   torch::stable::parallel_for(0, s.batch * s.deform_groups * taps, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t tap = i % taps, deform_group = i / taps % s.deform_groups, image = i / taps / s.deform_groups;
@@ -141,7 +135,7 @@ void reduce_sampling(const Plan& plan, const T* shares, T* grad_offset, T* grad_
         std::fill_n(to[kind], positions, T(0));
         for (int64_t slab = 0; slab < plan.slab_count; ++slab) {
           if (plan.slabs[slab].deform_group != deform_group) continue;
-          const T* from = shares + slab * share + ((image * taps + tap) * 3 + kind) * positions;
+          const T* from = partials + slab * slab_size + ((image * taps + tap) * 3 + kind) * positions;
           for (int64_t p = 0; p < positions; ++p) to[kind][p] += from[p];
         }
       }
@@ -156,7 +150,7 @@ void run_backward(const Plan& plan, const DeformConv2dKernels<T>& kernels, const
   const DeformConv2dShape& s = plan.shape;
   const ScalarType type = input.scalar_type();
   Tensor packed = empty(input, {need_columns ? plan.packed_weight : 0}, type);
-  Tensor shares = empty(input, {need_columns ? plan.slab_count * s.batch * 3 * s.taps() * s.positions() : 0}, type);
+  Tensor partials = empty(input, {need_columns ? plan.slab_count * s.batch * 3 * s.taps() * s.positions() : 0}, type);
   Tensor grad_packed = zeros(input, {need_weight ? plan.image_groups * plan.packed_weight : 0}, type);
   if (need_columns)
     torch::stable::parallel_for(0, plan.slab_count, 1, [&](int64_t begin, int64_t end) {
@@ -169,18 +163,18 @@ void run_backward(const Plan& plan, const DeformConv2dKernels<T>& kernels, const
                              data<T>(offset),
                              data<T>(mask),
                              need_columns ? data<T>(packed) : nullptr,
-                             need_columns ? data<T>(grad.input) : nullptr,
-                             need_columns ? data<T>(shares) : nullptr,
+                             data<T>(grad.input),
+                             need_columns ? data<T>(partials) : nullptr,
                              need_weight ? data<T>(grad_packed) : nullptr};
   parallel_tasks(plan.slab_count * plan.image_groups, kernels.backward_scratch_bytes(plan),
                  [&](int64_t task, void* scratch) {
                    kernels.backward(args, task % plan.slab_count, task / plan.slab_count, scratch);
                  });
-  if (need_columns) reduce_sampling(plan, data<T>(shares), data<T>(grad.offset), mask ? data<T>(grad.mask) : nullptr);
+  if (need_columns) reduce_sampling(plan, data<T>(partials), data<T>(grad.offset), data<T>(grad.mask));
   if (need_weight)
     torch::stable::parallel_for(0, plan.slab_count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
-        kernels.unpack_grad_weight(plan, i, data<T>(grad_packed), view<T>(plan, grad.weight, format_of(weight)));
+        kernels.unpack_grad_weight(plan, i, data<T>(grad_packed), view<T>(plan, *grad.weight, format_of(weight)));
     });
 }
 
@@ -196,12 +190,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, c
   const ScalarType type = compute_type(input.scalar_type());
   // One pass over the samples gives grad_input, grad_offset and grad_mask together.
   const bool need_columns = need_input || need_sampling;
-  const auto gradient_of = [&](bool needed, const Tensor& t, MemoryFormat f = MemoryFormat::Contiguous) {
-    return needed ? zeros(t, IntList(sizes(t).begin(), sizes(t).end()), type, f) : empty(t, {0}, type);
-  };
-  const Gradients grad{gradient_of(need_columns, input, MemoryFormat::ChannelsLast), gradient_of(need_columns, offset),
-                       mask ? gradient_of(need_columns, *mask) : empty(input, {0}, type),
-                       gradient_of(need_weight, weight, format_of(weight))};
+  const Gradients grad{zeroed(make_gradient(need_columns, input, type, MemoryFormat::ChannelsLast)),
+                       zeroed(make_gradient(need_columns, offset, type)),
+                       zeroed(make_gradient(need_columns, mask, type)),
+                       zeroed(make_gradient(need_weight, weight, type, format_of(weight)))};
   if (shape.batch > 0) {
     const auto run = [&]<class T>(T) {
       const auto& kernels = select_deform_conv2d_kernels<T>();
@@ -212,11 +204,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, c
     };
     type == ScalarType::Double ? run(double()) : run(float());
   }
-  const auto finish = [&](bool needed, const Tensor& g, MemoryFormat f = MemoryFormat::Contiguous) {
-    return needed ? as(g, input.scalar_type(), f) : empty(input, {0}, input.scalar_type());
-  };
-  return {finish(need_input, grad.input, format_of(input)), finish(need_sampling, grad.offset),
-          finish(need_sampling && mask, grad.mask), finish(need_weight, grad.weight, format_of(weight))};
+  const auto needed = [](bool need, const std::optional<Tensor>& g) { return need ? g : std::nullopt; };
+  return {finished(needed(need_input, grad.input), input, format_of(input)),
+          finished(needed(need_sampling, grad.offset), input), finished(needed(need_sampling, grad.mask), input),
+          finished(grad.weight, input, format_of(weight))};
 }
 
 }  // namespace

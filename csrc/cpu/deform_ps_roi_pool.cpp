@@ -1,11 +1,10 @@
-#include "deform_ps_roi_pool.h"
-
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <tuple>
 
 #include "../arguments.h"
+#include "deform_ps_roi_pool_kernels.h"
 #include "dispatch.h"
 #include "parallel.h"
 
@@ -13,17 +12,6 @@ DCN_KERNELS(DeformPSRoIPoolKernels, deform_ps_roi_pool_kernels)
 
 namespace dcn::cpu {
 namespace {
-
-template <class T>
-void check_batch_indices(const DeformPSRoIPoolShape& s, const T* rois) {
-  for (int64_t k = 0; k < s.rois; ++k)
-    check(rois[k * 5] > T(-1) && rois[k * 5] < T(s.batch), "rois[", k, ", 0] = ", rois[k * 5],
-          " is not an index into a batch of ", s.batch, " images");
-}
-
-MemoryFormat format_of(const Tensor& t) {
-  return prefers_channels_last(t) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-}
 
 Tensor forward(const Tensor& input, const Tensor& rois, const std::optional<Tensor>& offset, IntList output_size,
                IntList group_size, IntList part_size, int64_t sample_per_part, double spatial_scale, double trans_std) {
@@ -35,7 +23,7 @@ Tensor forward(const Tensor& input, const Tensor& rois, const std::optional<Tens
     const auto run = [&]<class T>(T) {
       const Tensor maps = as(input, type), boxes = as(rois, type);
       const auto offsets = as(offset, type);
-      check_batch_indices(shape, data<T>(boxes));
+      check_batch_indices(data<T>(boxes), shape.rois, shape.batch);
       const auto& kernels = select_deform_ps_roi_pool_kernels<T>();
       const PSRoIArgs<T> args{shape, data<T>(maps), data<T>(boxes), data<T>(offsets), data<T>(output)};
       parallel_tasks(shape.rois, kernels.scratch_bytes(shape),
@@ -50,7 +38,7 @@ template <class T>
 void backward_input(const PSRoIArgs<T>& args) {
   const DeformPSRoIPoolShape& s = args.shape;
   const auto& kernels = select_deform_ps_roi_pool_kernels<T>();
-  const int64_t slabs = (s.class_channels() + kPSRoISlabChannels - 1) / kPSRoISlabChannels;  // of each class
+  const int64_t slabs = divide_up(s.class_channels(), kPSRoISlabChannels);  // of each class
   parallel_tasks(s.batch * s.classes * slabs, kernels.scratch_bytes(s), [&](int64_t task, void* scratch) {
     const int64_t begin = task % slabs * kPSRoISlabChannels, group = task / slabs % s.classes;
     const int64_t channels = std::min(kPSRoISlabChannels, s.class_channels() - begin);
@@ -68,29 +56,24 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& inp
   check_shape(sizes(grad_output), {shape.rois, shape.output_dim, shape.out_height, shape.out_width}, "grad_output",
               "(K, output_dim, output height, output width)");
   const ScalarType type = compute_type(input.scalar_type());
-  need_offset = need_offset && offset;
-  const auto gradient_of = [&](bool needed, const Tensor& t) {
-    return needed ? zeros(t, IntList(sizes(t).begin(), sizes(t).end()), type) : empty(input, {0}, type);
-  };
-  const Tensor grad_input = gradient_of(need_input, input);
-  const Tensor grad_offset = gradient_of(need_offset, offset ? *offset : input);
+  const auto grad_input = zeroed(make_gradient(need_input, input, type));
+  const auto grad_offset = zeroed(make_gradient(need_offset, offset, type));
   if (shape.rois > 0) {
     const auto run = [&]<class T>(T) {
       const Tensor maps = as(input, type), boxes = as(rois, type), grad = as(grad_output, type);
       const auto offsets = as(offset, type);
-      check_batch_indices(shape, data<T>(boxes));
+      check_batch_indices(data<T>(boxes), shape.rois, shape.batch);
       const auto& kernels = select_deform_ps_roi_pool_kernels<T>();
       const PSRoIArgs<T> args{shape,   data<T>(maps), data<T>(boxes),      data<T>(offsets),
                               nullptr, data<T>(grad), data<T>(grad_input), data<T>(grad_offset)};
-      if (need_input) backward_input(args);
-      if (need_offset)
+      if (grad_input) backward_input(args);
+      if (grad_offset)
         parallel_tasks(shape.rois, kernels.scratch_bytes(shape),
                        [&](int64_t roi, void* scratch) { kernels.backward_offset(args, roi, scratch); });
     };
     type == ScalarType::Double ? run(double()) : run(float());
   }
-  const ScalarType out = input.scalar_type();
-  return {need_input ? as(grad_input, out, format_of(input)) : empty(input, {0}, out), as(grad_offset, out)};
+  return {finished(grad_input, input, format_of(input)), finished(grad_offset, input)};
 }
 
 }  // namespace

@@ -1,10 +1,9 @@
-#include "deform_roi_align.h"
-
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
 #include "../arguments.h"
+#include "deform_roi_align_kernels.h"
 #include "dispatch.h"
 #include "parallel.h"
 
@@ -13,26 +12,19 @@ DCN_KERNELS(DeformRoIAlignKernels, deform_roi_align_kernels)
 namespace dcn::cpu {
 namespace {
 
-template <class T>
-void check_batch_indices(const DeformRoIAlignShape& s, const T* rois) {
-  for (int64_t k = 0; k < s.rois; ++k)
-    check(rois[k * 5] > T(-1) && rois[k * 5] < T(s.batch), "rois[", k, ", 0] = ", rois[k * 5],
-          " is not an index into a batch of ", s.batch, " images");
-}
-
 Tensor forward(const Tensor& input, const Tensor& rois, const std::optional<Tensor>& offset,
                const std::optional<Tensor>& mask, IntList output_size, double spatial_scale, int64_t sampling_ratio,
                double gamma) {
   const auto shape = checked_shape(input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma);
   const ScalarType type = compute_type(input.scalar_type());
   const bool channels_last = prefers_channels_last(input);
-  const Tensor output = empty(input, {shape.rois, shape.channels, shape.out_height, shape.out_width}, type,
-                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  const Tensor output =
+      empty(input, {shape.rois, shape.channels, shape.out_height, shape.out_width}, type, format_of(channels_last));
   if (shape.rois > 0) {
     const auto run = [&]<class T>(T) {
       const Tensor map = as(input, type, MemoryFormat::ChannelsLast), boxes = as(rois, type);
       const auto offsets = as(offset, type), masks = as(mask, type);
-      check_batch_indices(shape, data<T>(boxes));
+      check_batch_indices(data<T>(boxes), shape.rois, shape.batch);
       const auto& kernels = select_deform_roi_align_kernels<T>();
       const RoIForward<T> args{shape,          data<T>(map),    data<T>(boxes), data<T>(offsets),
                                data<T>(masks), data<T>(output), channels_last};
@@ -44,15 +36,15 @@ Tensor forward(const Tensor& input, const Tensor& rois, const std::optional<Tens
   return type == input.scalar_type() ? output : torch::stable::to(output, input.scalar_type());
 }
 
-// Adds up the slabs' shares, in order.
+// Adds the slabs' partial sums, in order.
 template <class T>
-void reduce_sampling(const DeformRoIAlignShape& s, int64_t slabs, const T* shares, T* grad_offset, T* grad_mask) {
+void reduce_sampling(const DeformRoIAlignShape& s, int64_t slabs, const T* partials, T* grad_offset, T* grad_mask) {
   const int64_t bins = s.bins();
   torch::stable::parallel_for(0, s.rois, 64, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k)
       for (int64_t i = 0; i < 3 * bins; ++i) {
         T total = T(0);
-        for (int64_t slab = 0; slab < slabs; ++slab) total += shares[(slab * s.rois + k) * 3 * bins + i];
+        for (int64_t slab = 0; slab < slabs; ++slab) total += partials[(slab * s.rois + k) * 3 * bins + i];
         if (i < 2 * bins && grad_offset) grad_offset[k * 2 * bins + i] = total;
         if (i >= 2 * bins && grad_mask) grad_mask[k * bins + i - 2 * bins] = total;
       }
@@ -70,34 +62,28 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
               "(K, C, output height, output width)");
   const ScalarType type = compute_type(input.scalar_type());
   // One pass over the samples gives all gradients.
-  const Tensor grad_input =
-      zeros(input, {shape.batch, shape.channels, shape.height, shape.width}, type, MemoryFormat::ChannelsLast);
-  const auto gradient_of = [&](const std::optional<Tensor>& t) {
-    return need_sampling && t ? zeros(*t, IntList(sizes(*t).begin(), sizes(*t).end()), type) : empty(input, {0}, type);
-  };
-  const Tensor grad_offset = gradient_of(offset), grad_mask = gradient_of(mask);
+  const auto grad_input = zeroed(make_gradient(true, input, type, MemoryFormat::ChannelsLast));
+  const auto grad_offset = zeroed(make_gradient(need_sampling, offset, type));
+  const auto grad_mask = zeroed(make_gradient(need_sampling, mask, type));
   if (shape.rois > 0) {
     const auto run = [&]<class T>(T) {
       const Tensor map = as(input, type, MemoryFormat::ChannelsLast), boxes = as(rois, type);
       const Tensor grad = as(grad_output, type, MemoryFormat::ChannelsLast);
       const auto offsets = as(offset, type), masks = as(mask, type);
-      check_batch_indices(shape, data<T>(boxes));
+      check_batch_indices(data<T>(boxes), shape.rois, shape.batch);
       const auto& kernels = select_deform_roi_align_kernels<T>();
-      const int64_t slabs = (shape.channels + kRoISlabChannels - 1) / kRoISlabChannels;
-      const Tensor shares = empty(input, {slabs * shape.rois * 3 * shape.bins()}, type);
-      const RoIBackward<T> args{shape,          data<T>(grad),       data<T>(map),   data<T>(boxes), data<T>(offsets),
-                                data<T>(masks), data<T>(grad_input), data<T>(shares)};
+      const int64_t slabs = divide_up(shape.channels, kRoISlabChannels);
+      const Tensor partials = empty(input, {slabs * shape.rois * 3 * shape.bins()}, type);
+      const RoIBackward<T> args{shape,          data<T>(grad),       data<T>(map),     data<T>(boxes), data<T>(offsets),
+                                data<T>(masks), data<T>(grad_input), data<T>(partials)};
       parallel_tasks(slabs * shape.batch, kernels.scratch_bytes(shape),
                      [&](int64_t task, void* scratch) { kernels.backward(args, task % slabs, task / slabs, scratch); });
-      if (need_sampling)
-        reduce_sampling(shape, slabs, data<T>(shares), offset ? data<T>(grad_offset) : nullptr,
-                        mask ? data<T>(grad_mask) : nullptr);
+      if (need_sampling) reduce_sampling(shape, slabs, data<T>(partials), data<T>(grad_offset), data<T>(grad_mask));
     };
     type == ScalarType::Double ? run(double()) : run(float());
   }
-  const ScalarType out = input.scalar_type();
-  const MemoryFormat format = prefers_channels_last(input) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-  return {need_input ? as(grad_input, out, format) : empty(input, {0}, out), as(grad_offset, out), as(grad_mask, out)};
+  return {finished(need_input ? grad_input : std::nullopt, input, format_of(input)), finished(grad_offset, input),
+          finished(grad_mask, input)};
 }
 
 }  // namespace

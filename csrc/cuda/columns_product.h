@@ -11,7 +11,7 @@ namespace dcn::cuda {
 inline void matmul_into(const Tensor& out, const Tensor& a, const Tensor& b) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
                                     torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher(out.dim() == 2 ? "aten::mm" : "aten::bmm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // gives the handle back
 }
@@ -40,37 +40,37 @@ inline void multiply(int64_t batch, int64_t m, int64_t k, int64_t n, const Matri
 // images, or the groups of each image.
 struct Operands {
   Operands(const DeformConv2dShape& s, const Chunk& chunk, bool channels_last)
-      : depth(s.group_channels() * s.taps()), outs(s.group_out_channels()) {
+      : depth(s.group_channels() * s.taps()), group_out_channels(s.group_out_channels()) {
     if (channels_last) {
       batch = s.groups, repeats = 1, rows = chunk.rows();
       column_strides = {depth, s.groups * depth, 1};
-      output_strides = {outs, s.out_channels, 1};
+      output_strides = {group_out_channels, s.out_channels, 1};
       output_offset = (chunk.first_image * s.positions() + chunk.first_position) * s.out_channels;
       return;
     }
     const bool by_image = s.groups == 1;
     batch = by_image ? chunk.images : s.groups, repeats = by_image ? 1 : chunk.images, rows = chunk.span;
     column_strides = {depth * rows, 1, rows};
-    output_strides = {outs * s.positions(), 1, s.positions()};
+    output_strides = {group_out_channels * s.positions(), 1, s.positions()};
     output_offset = chunk.first_image * s.out_channels * s.positions() + chunk.first_position;
     column_repeat = s.channels * s.taps() * rows, output_repeat = s.out_channels * s.positions();
-    shared_weight = by_image;
+    same_weight = by_image;
   }
 
   Matrices columns(const Tensor& t, int64_t repeat) const {  // (rows, depth)
     return {t, repeat * column_repeat, column_strides[0], column_strides[1], column_strides[2]};
   }
-  Matrices output(const Tensor& t, int64_t repeat) const {  // (rows, outs)
+  Matrices output(const Tensor& t, int64_t repeat) const {  // (rows, group_out_channels)
     return {t, output_offset + repeat * output_repeat, output_strides[0], output_strides[1], output_strides[2]};
   }
-  Matrices weight(const Tensor& t) const {  // (outs, depth)
-    return {t, 0, shared_weight ? 0 : outs * depth, depth, 1};
+  Matrices weight(const Tensor& t) const {  // (group_out_channels, depth)
+    return {t, 0, same_weight ? 0 : group_out_channels * depth, depth, 1};
   }
 
-  int64_t depth, outs, batch, repeats, rows;
+  int64_t depth, group_out_channels, batch, repeats, rows;
   std::array<int64_t, 3> column_strides, output_strides;
   int64_t output_offset, column_repeat = 0, output_repeat = 0;
-  bool shared_weight = false;
+  bool same_weight = false;
 };
 
 inline void product_output(const DeformConv2dShape& s, const Chunk& chunk, bool channels_last, const Tensor& weight,
@@ -78,10 +78,10 @@ inline void product_output(const DeformConv2dShape& s, const Chunk& chunk, bool 
   const Operands o(s, chunk, channels_last);
   for (int64_t i = 0; i < o.repeats; ++i) {
     if (channels_last)
-      multiply(o.batch, o.rows, o.depth, o.outs, o.output(output, i), o.columns(columns, i),
+      multiply(o.batch, o.rows, o.depth, o.group_out_channels, o.output(output, i), o.columns(columns, i),
                o.weight(weight).transposed());
     else
-      multiply(o.batch, o.outs, o.depth, o.rows, o.output(output, i).transposed(), o.weight(weight),
+      multiply(o.batch, o.group_out_channels, o.depth, o.rows, o.output(output, i).transposed(), o.weight(weight),
                o.columns(columns, i).transposed());
   }
 }
@@ -91,10 +91,11 @@ inline void product_grad_columns(const DeformConv2dShape& s, const Chunk& chunk,
   const Operands o(s, chunk, channels_last);
   for (int64_t i = 0; i < o.repeats; ++i) {
     if (channels_last)
-      multiply(o.batch, o.rows, o.outs, o.depth, o.columns(columns, i), o.output(grad_output, i), o.weight(weight));
+      multiply(o.batch, o.rows, o.group_out_channels, o.depth, o.columns(columns, i), o.output(grad_output, i),
+               o.weight(weight));
     else
-      multiply(o.batch, o.depth, o.outs, o.rows, o.columns(columns, i).transposed(), o.weight(weight).transposed(),
-               o.output(grad_output, i).transposed());
+      multiply(o.batch, o.depth, o.group_out_channels, o.rows, o.columns(columns, i).transposed(),
+               o.weight(weight).transposed(), o.output(grad_output, i).transposed());
   }
 }
 
@@ -104,12 +105,12 @@ void product_grad_weight(const DeformConv2dShape& s, const Chunk& chunk, bool ch
                          const Tensor& columns, const Tensor& addend, const Add& add) {
   const Operands o(s, chunk, channels_last);
   // The images of a batch have one gradient between them.
-  const int64_t images = o.shared_weight ? o.batch : 1, batch = o.shared_weight ? 1 : o.batch;
+  const int64_t images = o.same_weight ? o.batch : 1, batch = o.same_weight ? 1 : o.batch;
   for (int64_t i = 0; i < o.repeats; ++i)
     for (int64_t image = 0; image < images; ++image) {
       const Matrices grad = o.output(grad_output, i).moved(image * o.output_strides[0]);
       const Matrices samples = o.columns(columns, i).moved(image * o.column_strides[0]);
-      multiply(batch, o.outs, o.rows, o.depth, o.weight(addend), grad.transposed(), samples);
+      multiply(batch, o.group_out_channels, o.rows, o.depth, o.weight(addend), grad.transposed(), samples);
       add();
     }
 }

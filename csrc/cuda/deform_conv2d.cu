@@ -6,33 +6,43 @@
 #include <tuple>
 
 #include "../arguments.h"
-#include "deform_conv2d.h"
-#include "deform_conv2d_fused.h"
+#include "deform_conv2d_launch.h"
 
 namespace dcn::cuda {
 namespace {
 
-// DCN_PLUGIN_FUSED=0 in the environment leaves everything to the columns: for tests and benchmarks.
+// The environment variable DCN_PLUGIN_FUSED=0 sends everything through columns, for tests and benchmarks.
 bool fused_allowed() {
   const char* const value = std::getenv("DCN_PLUGIN_FUSED");
   return !value || std::string_view(value) != "0";
 }
 
-// Offset and mask are read in the layout they have.
+// Offset and mask keep their layout.
 Tensor as_dense(const Tensor& t) { return as_layout(t, prefers_channels_last(t)); }
 std::optional<Tensor> as_dense(const std::optional<Tensor>& t) {
   return t ? std::optional<Tensor>(as_dense(*t)) : std::nullopt;
 }
 
-ConvTensors prepare(const DeformConv2dShape& s, bool channels_last, const Tensor& input, const Tensor& offset,
-                    const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& mask) {
-  return {s,
-          channels_last,
-          as_layout(input, channels_last),
-          as_dense(offset),
-          as_layout(weight, channels_last),
-          as(bias, input.scalar_type()),
-          as_dense(mask)};
+// As the fused kernels' vectors need it; a tensor that is a view may not be.
+Tensor aligned(const Tensor& t) {
+  return reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0 ? t : torch::stable::clone(t);
+}
+
+ConvTensors prepare(const DeformConv2dShape& s, bool fused, bool channels_last, const Tensor& input,
+                    const Tensor& offset, const Tensor& weight, const std::optional<Tensor>& bias,
+                    const std::optional<Tensor>& mask) {
+  ConvTensors t{s,
+                channels_last,
+                as_layout(input, channels_last),
+                as_dense(offset),
+                as_layout(weight, channels_last),
+                as(bias, input.scalar_type()),
+                as_dense(mask)};
+  if (fused) {
+    t.input = aligned(t.input), t.weight = aligned(t.weight);
+    if (t.bias) t.bias = aligned(*t.bias);
+  }
+  return t;
 }
 
 Tensor forward(const Tensor& input, const Tensor& offset, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -40,15 +50,30 @@ Tensor forward(const Tensor& input, const Tensor& offset, const Tensor& weight, 
   const auto s = checked_shape(input, offset, weight, bias, mask, stride, padding, dilation);
   const DeviceScope device(input);
   const ScalarType type = input.scalar_type();
-  const bool fused = fused_allowed() && fused_forward_takes(s, type, allow_tf32);
+  const bool depthwise = is_depthwise(s);
+  const bool fused = fused_allowed() && (depthwise ? fused_depthwise_supports(s, type, false)
+                                                   : fused_forward_supports(s, type, allow_tf32));
+  // A copy of an input in the other layout costs far less than columns.
   const bool channels_last = fused || prefers_channels_last(input);
   const Tensor output =
       empty(input, {s.batch, s.out_channels, s.out_height, s.out_width}, type, format_of(channels_last));
   if (s.batch > 0) {
-    const ConvTensors tensors = prepare(s, channels_last, input, offset, weight, bias, mask);
-    fused ? fused_forward(device, tensors, output) : columns_forward(device, tensors, output);
+    const ConvTensors tensors = prepare(s, fused, channels_last, input, offset, weight, bias, mask);
+    const auto run = !fused ? columns_forward : depthwise ? fused_depthwise_forward : fused_forward;
+    run(device, tensors, output);
   }
   return as_layout(output, prefers_channels_last(input));
+}
+
+void fused_backward(const DeviceScope& device, const ConvTensors& t, const Tensor& grad_output,
+                    const ConvGradients& grad) {
+  const bool data = grad.input || grad.offset || grad.mask;
+  if (is_depthwise(t.shape)) {
+    if (data || grad.weight) fused_depthwise_backward(device, t, grad_output, grad);
+    return;
+  }
+  if (grad.weight) fused_backward_weight(device, t, grad_output, *grad.weight);
+  if (data) fused_backward_data(device, t, grad_output, grad);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input,
@@ -62,30 +87,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, c
               "(N, Co, Ho, Wo)");
   const DeviceScope device(input);
   const ScalarType type = input.scalar_type();
-  // The fused kernels add grad_input with atomics, and nothing else.
-  const bool fused = fused_allowed() && !(deterministic && need_input) && fused_backward_takes(s, type);
-  // What adds in order knows one layout only.
+  const bool depthwise = is_depthwise(s);
+  // Of the fused kernels' gradients, grad_input alone is summed by atomics.
+  const bool fused = fused_allowed() && !(deterministic && need_input) &&
+                     (depthwise ? fused_depthwise_supports(s, type, true)
+                                : fused_backward_data_supports(s, type) && fused_backward_weight_supports(s, type));
+  // The deterministic kernel reads channels last only.
   const bool channels_last = fused || deterministic || prefers_channels_last(input);
-  const auto gradient_of = [&](bool needed, const Tensor& t, bool last) {
-    return needed ? std::optional<Tensor>(empty(t, IntList(sizes(t).begin(), sizes(t).end()), type, format_of(last)))
-                  : std::nullopt;
-  };
-  const ConvGradients grad{gradient_of(need_input, input, channels_last), gradient_of(need_sampling, offset, false),
-                           mask ? gradient_of(need_sampling, *mask, false) : std::nullopt,
-                           gradient_of(need_weight, weight, channels_last)};
+  const ConvGradients grad{make_gradient(need_input, input, type, format_of(channels_last)),
+                           make_gradient(need_sampling, offset, type), make_gradient(need_sampling, mask, type),
+                           make_gradient(need_weight, weight, type, format_of(channels_last))};
   if (s.batch > 0) {
-    const ConvTensors tensors = prepare(s, channels_last, input, offset, weight, std::nullopt, mask);
+    const ConvTensors tensors = prepare(s, fused, channels_last, input, offset, weight, std::nullopt, mask);
     const Tensor grad_out = as_layout(grad_output, channels_last);
-    fused ? fused_backward(device, tensors, grad_out, grad)
+    fused ? fused_backward(device, tensors, aligned(grad_out), grad)
           : columns_backward(device, tensors, grad_out, deterministic, grad);
   } else if (grad.weight) {
     torch::stable::zero_(const_cast<Tensor&>(*grad.weight));
   }
-  const auto finish = [&](const std::optional<Tensor>& g, bool last) {
-    return g ? as_layout(*g, last) : empty(input, {0}, type);
-  };
-  return {finish(grad.input, prefers_channels_last(input)), finish(grad.offset, false), finish(grad.mask, false),
-          finish(grad.weight, prefers_channels_last(weight))};
+  return {finished(grad.input, input, format_of(input)), finished(grad.offset, input), finished(grad.mask, input),
+          finished(grad.weight, input, format_of(weight))};
 }
 
 }  // namespace

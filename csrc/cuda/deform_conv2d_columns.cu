@@ -1,8 +1,7 @@
 // The driver of deformable convolution by sampled columns.
 #include "columns_product.h"
-#include "deform_conv2d.h"
-#include "deform_conv2d_columns.cuh"
-#include "deform_conv2d_depthwise.cuh"
+#include "deform_conv2d_columns_depthwise.cuh"
+#include "deform_conv2d_launch.h"
 #include "elementwise.cuh"
 
 namespace dcn::cuda {
@@ -17,12 +16,12 @@ constexpr int64_t kChunkBytes = DCN_CHUNK_BYTES;
 // A lane takes 16 bytes of channels at once where the columns keep them together.
 template <class T>
 bool samples_vectors(const ConvTensors& t) {
-  return (t.shape.group_channels() == 1 || takes_vectors<T>(t.input, t.shape.group_channels())) &&
-         takes_vectors<T>(t.input, t.shape.deform_group_channels());
+  return (t.shape.group_channels() == 1 || supports_vectors<T>(t.input, t.shape.group_channels())) &&
+         supports_vectors<T>(t.input, t.shape.deform_group_channels());
 }
 
-dim3 tiles_of(const DeformConv2dShape& s, const Chunk& chunk, int64_t tile_slots) {
-  const int64_t blocks = divide_up(chunk.rows(), kTileRows) * divide_up(s.deform_groups * s.taps(), tile_slots);
+dim3 tiles_of(const DeformConv2dShape& s, const Chunk& chunk, int64_t tile_deform_taps) {
+  const int64_t blocks = divide_up(chunk.rows(), kTileRows) * divide_up(s.deform_groups * s.taps(), tile_deform_taps);
   check(blocks <= INT32_MAX, "weight has too many taps for one launch");
   return dim3(static_cast<unsigned>(blocks));
 }
@@ -33,7 +32,7 @@ void launch_sample(const DeviceScope& device, const ColumnsArgs<T>& args, bool c
     device.launch(sample_channels_first<T>, {tiles_of(args.shape, args.chunk, 1), kColumnThreads}, args);
   else
     device.launch(vectors ? sample_channels_last<T, 16 / sizeof(T)> : sample_channels_last<T, 1>,
-                  {tiles_of(args.shape, args.chunk, kTileSlots), kColumnThreads}, args);
+                  {tiles_of(args.shape, args.chunk, kTileDeformTaps), kColumnThreads}, args);
 }
 
 template <class T>
@@ -44,7 +43,7 @@ void launch_scatter(const DeviceScope& device, const ColumnsArgs<T>& args, bool 
   int lanes = 1;
   while (lanes < 32 && lanes < items) lanes *= 2;
   device.launch(vectors ? scatter_channels_last<T, 16 / sizeof(T)> : scatter_channels_last<T, 1>,
-                {tiles_of(args.shape, args.chunk, kTileSlots), kColumnThreads}, args, lanes);
+                {tiles_of(args.shape, args.chunk, kTileDeformTaps), kColumnThreads}, args, lanes);
 }
 
 template <class T>
@@ -141,7 +140,7 @@ class WeightGradient {
 
   void finish() {
     if constexpr (!std::is_same_v<T, A>)
-      device_.launch(narrow_all<T>, {blocks_for(count_, 256), 256}, data<T>(grad_), data<A>(total_), count_);
+      device_.launch(round_sums<T>, {blocks_for(count_, 256), 256}, data<T>(grad_), data<A>(total_), count_);
   }
 
  private:
@@ -205,8 +204,9 @@ void run_backward(const DeviceScope& device, const ConvTensors& t, const Tensor&
       launch_sample(device, args, t.channels_last, vectors);
     }
     if (grad.weight) grad_weight.add(chunk, grad_output, columns);
-    if (grad.input && !kSameType && chunk.first_position + chunk.span == s.positions())
-      device.launch(narrow_all<T>, {blocks_for(count, 256), 256}, data<T>(grad.input) + start, data<A>(sums), count);
+    if constexpr (!kSameType)
+      if (grad.input && chunk.first_position + chunk.span == s.positions())
+        device.launch(round_sums<T>, {blocks_for(count, 256), 256}, data<T>(grad.input) + start, data<A>(sums), count);
   });
   if (grad.weight) grad_weight.finish();
 }

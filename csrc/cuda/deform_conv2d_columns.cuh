@@ -9,7 +9,7 @@
 // so that reads, writes and the product's output are all in the input's own layout. The backward reads the columns'
 // gradients there and leaves the samples in their place, for grad_weight.
 #pragma once
-#include "deform_conv2d.cuh"
+#include "deform_conv2d_tap.cuh"
 
 namespace dcn::cuda {
 
@@ -32,9 +32,9 @@ struct ColumnsArgs {
   bool keep_samples;  // in columns
 };
 
-// A block takes kTileRows rows and kTileSlots slots (a slot is a tap of a deform group). Blocks are numbered with slots
-// fastest, so that blocks that share rows of the map run together.
-constexpr int kTileRows = 32, kTileSlots = 8, kColumnThreads = kTileRows * kTileSlots;
+// A block takes kTileRows rows and kTileDeformTaps deform_taps (a deform_tap is a tap of a deform group). Blocks are
+// numbered with deform_taps fastest, so that blocks that share rows of the map run together.
+constexpr int kTileRows = 32, kTileDeformTaps = 8, kColumnThreads = kTileRows * kTileDeformTaps;
 
 struct RowPosition {
   int64_t image, position;  // image counts from the chunk's first
@@ -45,39 +45,22 @@ DCN_DEVICE RowPosition position_of(const Chunk& chunk, int64_t row) {
   return {image, chunk.first_position + row - image * chunk.span};
 }
 
-// What an entry's four sums over channels of grad * value give.
-template <class T>
-DCN_DEVICE void store_sampling_gradients(const ColumnsArgs<T>& args, const Tap<Accum<T>>& tap, const Accum<T> dot[4],
-                                         int64_t image, int64_t position, int slot) {
-  if (args.grad_offset.data) {
-    T* const to = args.grad_offset.at(image, 2 * static_cast<int64_t>(slot), position);
-    to[0] = narrow<T>(tap.mask * derivative_y(tap, dot));
-    to[args.grad_offset.channel] = narrow<T>(tap.mask * derivative_x(tap, dot));
-  }
-  if (args.grad_mask.data) {
-    Accum<T> sum = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sum += tap.weight[i] * dot[i];
-    *args.grad_mask.at(image, slot, position) = narrow<T>(sum);
-  }
-}
-
 // ---- Channels last
 
-// The tile's table of taps, one entry a thread. An entry past the chunk's rows or slots has a row of -1.
+// The tile's table of taps, one entry a thread. An entry past the chunk's rows or deform_taps has a row of -1.
 template <class T>
 struct Entry : Tap<Accum<T>> {
   int64_t row;
 };
 
 template <class T>
-DCN_DEVICE Entry<T> make_entry(const ColumnsArgs<T>& args, int64_t tile, int slot, int slots) {
+DCN_DEVICE Entry<T> make_entry(const ColumnsArgs<T>& args, int64_t tile, int deform_tap, int deform_taps) {
   Entry<T> entry;
   entry.row = tile * kTileRows + threadIdx.x % kTileRows;
-  if (entry.row < args.chunk.rows() && slot < slots) {
+  if (entry.row < args.chunk.rows() && deform_tap < deform_taps) {
     const RowPosition at = position_of(args.chunk, entry.row);
     static_cast<Tap<Accum<T>>&>(entry) =
-        locate_tap(args.shape, args.offset, args.mask, args.chunk.first_image + at.image, at.position, slot);
+        locate_tap(args.shape, args.offset, args.mask, args.chunk.first_image + at.image, at.position, deform_tap);
   } else {
     entry.row = -1;
   }
@@ -93,16 +76,16 @@ DCN_DEVICE Vec<Accum<T>, V> sample(const Tap<Accum<T>>& tap, const T* map, int64
     if (tap.pixel[i] < 0) continue;
     const auto value = load<V>(map + tap.pixel[i] * channels);
 #pragma unroll
-    for (int v = 0; v < V; ++v) sum.lane[v] += tap.weight[i] * widen(value.lane[v]);
+    for (int v = 0; v < V; ++v) sum.lane[v] += tap.weight[i] * to_accum(value.lane[v]);
   }
   return sum;
 }
 
 template <class T, int V>
-DCN_DEVICE void store_narrowed(T* to, const Vec<Accum<T>, V>& from, Accum<T> scale) {
+DCN_DEVICE void store_scaled(T* to, const Vec<Accum<T>, V>& from, Accum<T> scale) {
   Vec<T, V> out;
 #pragma unroll
-  for (int v = 0; v < V; ++v) out.lane[v] = narrow<T>(from.lane[v] * scale);
+  for (int v = 0; v < V; ++v) out.lane[v] = round_to<T>(from.lane[v] * scale);
   store(to, out);
 }
 
@@ -117,12 +100,13 @@ DCN_DEVICE int64_t column_of(const DeformConv2dShape& s, int channel, int tap) {
 template <class T, int V>
 __global__ void __launch_bounds__(kColumnThreads) sample_channels_last(ColumnsArgs<T> args) {
   const DeformConv2dShape& s = args.shape;
-  const int taps = static_cast<int>(s.taps()), slots = static_cast<int>(s.deform_groups) * taps;
-  const int slot_tiles = (slots + kTileSlots - 1) / kTileSlots;
-  const int64_t tile = blockIdx.x / slot_tiles;
-  const int first_slot = static_cast<int>(blockIdx.x % slot_tiles) * kTileSlots;
+  const int taps = static_cast<int>(s.taps()), deform_taps = static_cast<int>(s.deform_groups) * taps;
+  const int deform_tap_tiles = (deform_taps + kTileDeformTaps - 1) / kTileDeformTaps;
+  const int64_t tile = blockIdx.x / deform_tap_tiles;
+  const int first_deform_tap = static_cast<int>(blockIdx.x % deform_tap_tiles) * kTileDeformTaps;
   DCN_SHARED(Entry<T>, table, [kColumnThreads]);
-  table[threadIdx.x] = make_entry(args, tile, first_slot + static_cast<int>(threadIdx.x) / kTileRows, slots);
+  table[threadIdx.x] =
+      make_entry(args, tile, first_deform_tap + static_cast<int>(threadIdx.x) / kTileRows, deform_taps);
   __syncthreads();
 
   const int width = static_cast<int>(s.deform_group_channels()), vectors = width / V;
@@ -131,12 +115,12 @@ __global__ void __launch_bounds__(kColumnThreads) sample_channels_last(ColumnsAr
     const int index = item / vectors;
     const Entry<T>& entry = table[index];
     if (entry.row < 0) continue;
-    const int slot = first_slot + index / kTileRows;
-    const int channel = slot / taps * width + (item - index * vectors) * V;
+    const int deform_tap = first_deform_tap + index / kTileRows;
+    const int channel = deform_tap / taps * width + (item - index * vectors) * V;
     const int64_t image = args.chunk.first_image + entry.row / args.chunk.span;
     const auto value = sample<V>(entry, args.input + image * map_size + channel, s.channels);
-    store_narrowed<T, V>(args.columns + entry.row * s.channels * taps + column_of(s, channel, slot % taps), value,
-                         entry.mask);
+    store_scaled<T, V>(args.columns + entry.row * s.channels * taps + column_of(s, channel, deform_tap % taps), value,
+                       entry.mask);
   }
 }
 
@@ -146,12 +130,13 @@ template <class T, int V>
 __global__ void __launch_bounds__(kColumnThreads, 2) scatter_channels_last(ColumnsArgs<T> args, int lanes) {
   using A = Accum<T>;
   const DeformConv2dShape& s = args.shape;
-  const int taps = static_cast<int>(s.taps()), slots = static_cast<int>(s.deform_groups) * taps;
-  const int slot_tiles = (slots + kTileSlots - 1) / kTileSlots;
-  const int64_t tile = blockIdx.x / slot_tiles;
-  const int first_slot = static_cast<int>(blockIdx.x % slot_tiles) * kTileSlots;
+  const int taps = static_cast<int>(s.taps()), deform_taps = static_cast<int>(s.deform_groups) * taps;
+  const int deform_tap_tiles = (deform_taps + kTileDeformTaps - 1) / kTileDeformTaps;
+  const int64_t tile = blockIdx.x / deform_tap_tiles;
+  const int first_deform_tap = static_cast<int>(blockIdx.x % deform_tap_tiles) * kTileDeformTaps;
   DCN_SHARED(Entry<T>, table, [kColumnThreads]);
-  table[threadIdx.x] = make_entry(args, tile, first_slot + static_cast<int>(threadIdx.x) / kTileRows, slots);
+  table[threadIdx.x] =
+      make_entry(args, tile, first_deform_tap + static_cast<int>(threadIdx.x) / kTileRows, deform_taps);
   __syncthreads();
 
   const int width = static_cast<int>(s.deform_group_channels()), vectors = width / V;
@@ -160,11 +145,11 @@ __global__ void __launch_bounds__(kColumnThreads, 2) scatter_channels_last(Colum
   // Every lane of a warp makes every step: warp_sum needs them all.
   for (int index = threadIdx.x / lanes; index < kColumnThreads; index += kColumnThreads / lanes) {
     const Entry<T>& entry = table[index];
-    const int slot = first_slot + index / kTileRows, tap = slot % taps;
+    const int deform_tap = first_deform_tap + index / kTileRows, tap = deform_tap % taps;
     const int64_t image = entry.row / args.chunk.span;
     A dot[4] = {};
     for (int i = lane; entry.row >= 0 && i < vectors; i += lanes) {
-      const int channel = slot / taps * width + i * V;
+      const int channel = deform_tap / taps * width + i * V;
       T* const column = args.columns + entry.row * s.channels * taps + column_of(s, channel, tap);
       const T* const map = args.input + (args.chunk.first_image + image) * map_size + channel;
       const auto grad = load<V>(column);
@@ -175,23 +160,23 @@ __global__ void __launch_bounds__(kColumnThreads, 2) scatter_channels_last(Colum
         const int64_t pixel = entry.pixel[corner] * s.channels;
         const auto pixel_value = load<V>(map + pixel);
         const A weight = entry.weight[corner], scale = weight * entry.mask;
-        Vec<A, V> share;
+        Vec<A, V> contribution;
 #pragma unroll
         for (int v = 0; v < V; ++v) {
-          const A x = widen(pixel_value.lane[v]), g = widen(grad.lane[v]);
+          const A x = to_accum(pixel_value.lane[v]), g = to_accum(grad.lane[v]);
           dot[corner] += g * x;
           value.lane[v] += weight * x;
-          share.lane[v] = scale * g;
+          contribution.lane[v] = scale * g;
         }
-        if (args.grad_input) atomic_add(args.grad_input + image * map_size + channel + pixel, share);
+        if (args.grad_input) atomic_add(args.grad_input + image * map_size + channel + pixel, contribution);
       }
-      if (args.keep_samples) store_narrowed<T, V>(column, value, entry.mask);
+      if (args.keep_samples) store_scaled<T, V>(column, value, entry.mask);
     }
 #pragma unroll
     for (int corner = 0; corner < 4; ++corner) dot[corner] = warp_sum(dot[corner], lanes);
     if (lane == 0 && entry.row >= 0)
-      store_sampling_gradients(args, static_cast<const Tap<A>&>(entry), dot, args.chunk.first_image + image,
-                               position_of(args.chunk, entry.row).position, slot);
+      store_sampling_gradient(args.grad_offset, args.grad_mask, static_cast<const Tap<A>&>(entry), dot,
+                              args.chunk.first_image + image, position_of(args.chunk, entry.row).position, deform_tap);
   }
 }
 
@@ -215,15 +200,15 @@ __global__ void __launch_bounds__(kColumnThreads) scatter_in_order(ColumnsArgs<T
       static_cast<int32_t>(min(static_cast<int>(s.height), static_cast<int>((band + 1) * band_rows)) * s.width);
   A* const map = args.grad_input + image * s.height * s.width * s.channels + channel;
 
-  for (int slot = first_group * taps; slot < (last_group + 1) * taps; ++slot) {
-    const bool mine = channel < channels && channel / width == slot / taps;
-    const int64_t column = mine ? column_of(s, channel, slot % taps) : 0;
+  for (int deform_tap = first_group * taps; deform_tap < (last_group + 1) * taps; ++deform_tap) {
+    const bool mine = channel < channels && channel / width == deform_tap / taps;
+    const int64_t column = mine ? column_of(s, channel, deform_tap % taps) : 0;
     for (int64_t first = 0; first < args.chunk.span; first += 32) {
       Tap<A> tap = {};
       bool hit = false;
       if (first + lane < args.chunk.span) {
         tap = locate_tap(s, args.offset, args.mask, args.chunk.first_image + image,
-                         args.chunk.first_position + first + lane, slot);
+                         args.chunk.first_position + first + lane, deform_tap);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           if (tap.pixel[i] < begin || tap.pixel[i] >= end) tap.pixel[i] = -1;
@@ -233,7 +218,7 @@ __global__ void __launch_bounds__(kColumnThreads) scatter_in_order(ColumnsArgs<T
       for (unsigned hits = __ballot_sync(kFullWarp, hit); hits; hits &= hits - 1) {
         const int from = __ffs(hits) - 1;
         const int64_t row = image * args.chunk.span + first + from;
-        const A grad = mine ? widen(args.columns[row * s.channels * taps + column]) : A(0);
+        const A grad = mine ? to_accum(args.columns[row * s.channels * taps + column]) : A(0);
         const A mask = __shfl_sync(kFullWarp, tap.mask, from);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -248,15 +233,15 @@ __global__ void __launch_bounds__(kColumnThreads) scatter_in_order(ColumnsArgs<T
 
 // ---- Channels first
 
-// Lanes are neighbouring rows of one slot, warps share the slot's channels.
+// Lanes are neighbouring rows of one deform_tap, warps share the deform_tap's channels.
 struct PlanarThread {
   int64_t row;
-  int slot;
+  int deform_tap;
 };
 
-DCN_DEVICE PlanarThread planar_thread(int slots) {
-  return {blockIdx.x / slots * static_cast<int64_t>(kTileRows) + threadIdx.x % kTileRows,
-          static_cast<int>(blockIdx.x % slots)};
+DCN_DEVICE PlanarThread planar_thread(int deform_taps) {
+  return {blockIdx.x / deform_taps * static_cast<int64_t>(kTileRows) + threadIdx.x % kTileRows,
+          static_cast<int>(blockIdx.x % deform_taps)};
 }
 
 template <class T>
@@ -264,20 +249,20 @@ __global__ void __launch_bounds__(kColumnThreads) sample_channels_first(ColumnsA
   using A = Accum<T>;
   const DeformConv2dShape& s = args.shape;
   const int taps = static_cast<int>(s.taps()), width = static_cast<int>(s.deform_group_channels());
-  const auto [row, slot] = planar_thread(static_cast<int>(s.deform_groups) * taps);
+  const auto [row, deform_tap] = planar_thread(static_cast<int>(s.deform_groups) * taps);
   if (row >= args.chunk.rows()) return;
   const auto [image, position] = position_of(args.chunk, row);
-  const Tap<A> tap = locate_tap(s, args.offset, args.mask, args.chunk.first_image + image, position, slot);
+  const Tap<A> tap = locate_tap(s, args.offset, args.mask, args.chunk.first_image + image, position, deform_tap);
   const int64_t pixels = s.height * s.width;
-  for (int c = threadIdx.x / kTileRows; c < width; c += kTileSlots) {
-    const int64_t channel = slot / taps * width + c;
+  for (int c = threadIdx.x / kTileRows; c < width; c += kTileDeformTaps) {
+    const int64_t channel = deform_tap / taps * width + c;
     const T* const map = args.input + ((args.chunk.first_image + image) * s.channels + channel) * pixels;
     A sum = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      if (tap.pixel[i] >= 0) sum += tap.weight[i] * widen(map[tap.pixel[i]]);
-    args.columns[((image * s.channels + channel) * taps + slot % taps) * args.chunk.span + position -
-                 args.chunk.first_position] = narrow<T>(tap.mask * sum);
+      if (tap.pixel[i] >= 0) sum += tap.weight[i] * to_accum(map[tap.pixel[i]]);
+    args.columns[((image * s.channels + channel) * taps + deform_tap % taps) * args.chunk.span + position -
+                 args.chunk.first_position] = round_to<T>(tap.mask * sum);
   }
 }
 
@@ -286,7 +271,7 @@ __global__ void __launch_bounds__(kColumnThreads) scatter_channels_first(Columns
   using A = Accum<T>;
   const DeformConv2dShape& s = args.shape;
   const int taps = static_cast<int>(s.taps()), width = static_cast<int>(s.deform_group_channels());
-  const auto [row, slot] = planar_thread(static_cast<int>(s.deform_groups) * taps);
+  const auto [row, deform_tap] = planar_thread(static_cast<int>(s.deform_groups) * taps);
   const bool valid = row < args.chunk.rows();
   const auto [image, position] = position_of(args.chunk, valid ? row : 0);
   const int64_t pixels = s.height * s.width;
@@ -294,36 +279,37 @@ __global__ void __launch_bounds__(kColumnThreads) scatter_channels_first(Columns
   Tap<A> tap = {};
   A dot[4] = {};
   if (valid) {
-    tap = locate_tap(s, args.offset, args.mask, args.chunk.first_image + image, position, slot);
-    for (int c = warp; c < width; c += kTileSlots) {
-      const int64_t channel = slot / taps * width + c;
+    tap = locate_tap(s, args.offset, args.mask, args.chunk.first_image + image, position, deform_tap);
+    for (int c = warp; c < width; c += kTileDeformTaps) {
+      const int64_t channel = deform_tap / taps * width + c;
       const T* const map = args.input + ((args.chunk.first_image + image) * s.channels + channel) * pixels;
-      T* const column = args.columns + ((image * s.channels + channel) * taps + slot % taps) * args.chunk.span +
+      T* const column = args.columns + ((image * s.channels + channel) * taps + deform_tap % taps) * args.chunk.span +
                         position - args.chunk.first_position;
-      const A grad = widen(*column);
+      const A grad = to_accum(*column);
       A value = 0;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if (tap.pixel[i] < 0) continue;
-        const A x = widen(map[tap.pixel[i]]);
+        const A x = to_accum(map[tap.pixel[i]]);
         dot[i] += grad * x;
         value += tap.weight[i] * x;
         if (args.grad_input)
           atomic_add(args.grad_input + (image * s.channels + channel) * pixels + tap.pixel[i],
                      tap.weight[i] * tap.mask * grad);
       }
-      if (args.keep_samples) *column = narrow<T>(tap.mask * value);
+      if (args.keep_samples) *column = round_to<T>(tap.mask * value);
     }
   }
-  DCN_SHARED(A, shares, [kTileSlots][4][kTileRows]);
+  DCN_SHARED(A, partials, [kTileDeformTaps][4][kTileRows]);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) shares[warp][i][lane] = dot[i];
+  for (int i = 0; i < 4; ++i) partials[warp][i][lane] = dot[i];
   __syncthreads();
   if (warp > 0 || !valid) return;
-  for (int other = 1; other < kTileSlots; ++other)
+  for (int other = 1; other < kTileDeformTaps; ++other)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) dot[i] += shares[other][i][lane];
-  store_sampling_gradients(args, tap, dot, args.chunk.first_image + image, position, slot);
+    for (int i = 0; i < 4; ++i) dot[i] += partials[other][i][lane];
+  store_sampling_gradient(args.grad_offset, args.grad_mask, tap, dot, args.chunk.first_image + image, position,
+                          deform_tap);
 }
 
 }  // namespace dcn::cuda

@@ -1,53 +1,53 @@
-// Deformable convolution as an implicit matrix product: a block samples a tile of columns into shared memory and
-// multiplies it there on tensor cores, so that the column matrix never reaches device memory. What the fused kernels
-// share: the order in which they walk positions and depth, the table of samples, and the gather.
+// Deformable convolution as an implicit GEMM with M = N * Ho * Wo rows (output positions), N = Co columns and
+// K = taps * C: a block samples a tile of the im2col matrix into shared memory and multiplies it there on tensor cores,
+// so that the matrix never exists in device memory. This file holds what the fused kernels have in common: the order in
+// which they walk rows and K, the table of samples, and the gather.
 //
-// Tensors are channels last, (N, H, W, C), and weights (Co, kh, kw, C / groups); a vector is 16 bytes of neighbouring
-// channels, and a chunk of the depth 8 vectors. Elements have 16 bits, or 32 where products may round them to TF32.
+// Tensors are channels last, (N, H, W, C), and weights (Co, kh, kw, C / groups). Elements have 16 bits, or 32 where the
+// operands are rounded to TF32. A vector is 16 bytes of neighbouring channels, and a chunk is 8 vectors of K: 64
+// elements of 16 bits, or 32 of float32.
 //
-// Rows are output positions of all images, numbered down strips of 8 map rows, so that any run of neighbours is a
-// compact patch whose samples overlap. The depth, taps x channels of a group, is walked in slabs of 64 channels and
-// within one tap after tap: what a patch reads of a slab (64 channels of a few hundred pixels) then stays in the
-// first-level cache over all taps, and second-level traffic is about one read of the patch instead of 4 * taps.
+// Rows are numbered down strips of 8 map rows, so that any run of neighbouring rows is a compact patch of the output,
+// whose samples overlap. K is walked in slabs of one chunk's channels, and within a slab tap by tap: what a patch reads
+// of a slab, a few hundred pixels of 128 bytes, stays in L1 over all taps, and L2 sees about one read of the patch
+// instead of 4 * taps.
 #pragma once
-#include "deform_conv2d.cuh"
+#include "deform_conv2d_tap.cuh"
 #include "mma.h"
 
 namespace dcn::cuda {
 
 constexpr int kFusedThreads = 256, kFusedWarps = kFusedThreads / 32;
 template <class T>
-constexpr int kVector = 16 / sizeof(T);
-constexpr int kChunkVectors = 8;  // a chunk is a panel wide
+constexpr int kVector = 16 / sizeof(T);  // elements
+constexpr int kChunkVectors = 8;
 template <class T>
-constexpr int kChunk = kChunkVectors * kVector<T>;
+constexpr int kChunk = kChunkVectors * kVector<T>;  // elements
 constexpr int kStripRows = 8;
-// A thread gathers one vector of a chunk in every 32nd row of a tile.
+// In the gather, a thread takes one vector of a chunk in every 32nd row of a tile.
 constexpr int kGatherRows = kFusedThreads / kChunkVectors;
 
-// Of one group, where a kernel reads them often: as int, without divisions.
+// The sizes of the shape that kernels read in inner loops, as 32-bit integers and without divisions.
 struct FusedSizes {
-  int rows;          // N * Ho * Wo
-  int map_channels;  // C
-  int taps, channels, outs, deform_channels;
+  int rows, channels, taps, group_channels, group_out_channels, deform_group_channels;
 
   explicit FusedSizes(const DeformConv2dShape& s)
       : rows(static_cast<int>(s.batch * s.positions())),
-        map_channels(static_cast<int>(s.channels)),
+        channels(static_cast<int>(s.channels)),
         taps(static_cast<int>(s.taps())),
-        channels(static_cast<int>(s.group_channels())),
-        outs(static_cast<int>(s.group_out_channels())),
-        deform_channels(static_cast<int>(s.deform_group_channels())) {}
+        group_channels(static_cast<int>(s.group_channels())),
+        group_out_channels(static_cast<int>(s.group_out_channels())),
+        deform_group_channels(static_cast<int>(s.deform_group_channels())) {}
 
   // The deform groups that a group's channels belong to.
-  __host__ __device__ int first_deform_group(int group) const { return group * channels / deform_channels; }
+  __host__ __device__ int first_deform_group(int group) const { return group * group_channels / deform_group_channels; }
   __host__ __device__ int deform_groups(int group) const {
-    return (group * channels + channels - 1) / deform_channels - first_deform_group(group) + 1;
+    return (group * group_channels + group_channels - 1) / deform_group_channels - first_deform_group(group) + 1;
   }
-  // Chunks of the depth.
+  // Chunks of a group's K; `chunk` is kChunk<T>.
   __host__ __device__ int chunks(int chunk) const {
-    const int rest = channels % chunk;
-    return channels / chunk * taps + (rest * taps + chunk - 1) / chunk;
+    const int rest = group_channels % chunk;
+    return group_channels / chunk * taps + (rest * taps + chunk - 1) / chunk;
   }
 };
 
@@ -58,9 +58,15 @@ struct FusedArgs {
   const T* input;                // (N, H, W, C)
   Planes<const T> offset, mask;  // mask may be absent
   const T* weight;               // (Co, kh, kw, C / groups)
-  int rows;                      // N * Ho * Wo
 };
 
+template <class T>
+struct FusedForwardArgs : FusedArgs<T> {
+  const T* bias;  // (Co,), or null
+  T* output;      // (N, Ho, Wo, Co)
+};
+
+// The output position of a row, and its image.
 struct PatchPosition {
   int image, position;
 };
@@ -76,7 +82,7 @@ DCN_DEVICE PatchPosition patch_position(const DeformConv2dShape& s, int row) {
   return {image, (strip * kStripRows + rest - column * strip_rows) * width + column};
 }
 
-// Where a row lies among all images' output positions.
+// A row's index among all images' output positions, in memory order.
 DCN_DEVICE int output_index(const DeformConv2dShape& s, int row) {
   const PatchPosition at = patch_position(s, row);
   return at.image * static_cast<int>(s.positions()) + at.position;
@@ -91,18 +97,18 @@ DCN_DEVICE void fill_index(const DeformConv2dShape& s, int rows, int first_row, 
 
 // ---- The table of samples
 
-// The four pixels, counted through all images, -1 outside the map; their weights with the mask folded in.
+// A sample: its four pixels (index among all images' pixels, -1 outside the map) and their bilinear weights, multiplied
+// by the mask.
 struct TableEntry {
   Vec<int32_t, 4> pixel;
   Vec<float, 4> weight;
 };
 
-// A slot is deform_group * taps + tap.
 template <class T>
-DCN_DEVICE TableEntry make_entry(const FusedArgs<T>& args, int row, int slot) {
+DCN_DEVICE TableEntry make_entry(const FusedArgs<T>& args, int row, int deform_tap) {
   const DeformConv2dShape& s = args.shape;
   const PatchPosition at = patch_position(s, row);
-  const Tap<float> tap = locate_tap(s, args.offset, args.mask, at.image, at.position, slot);
+  const Tap<float> tap = locate_tap(s, args.offset, args.mask, at.image, at.position, deform_tap);
   const int32_t image = at.image * static_cast<int32_t>(s.height * s.width);
   TableEntry entry;
 #pragma unroll
@@ -115,35 +121,35 @@ DCN_DEVICE TableEntry make_entry(const FusedArgs<T>& args, int row, int slot) {
 
 DCN_DEVICE TableEntry no_entry() { return {{{-1, -1, -1, -1}}, {}}; }
 
-// Reads offset and mask of the rows once: table[slot - first_slot][row - first_row].
+// table[deform_tap - first_deform_tap][row - first_row]
 template <int tile_rows, class T>
-DCN_DEVICE void fill_table(const FusedArgs<T>& args, int first_row, int first_slot, int slots, TableEntry* table) {
-  for (int i = threadIdx.x; i < slots * tile_rows; i += kFusedThreads) {
+DCN_DEVICE void fill_table(const FusedArgs<T>& args, int first_row, int first_deform_tap, int deform_taps,
+                           TableEntry* table) {
+  for (int i = threadIdx.x; i < deform_taps * tile_rows; i += kFusedThreads) {
     const int row = first_row + i % tile_rows;
-    table[i] = row < args.sizes.rows ? make_entry(args, row, first_slot + i / tile_rows) : no_entry();
+    table[i] = row < args.sizes.rows ? make_entry(args, row, first_deform_tap + i / tile_rows) : no_entry();
   }
 }
 
-// ---- The walk over the depth
+// ---- The walk over K
 
-// One vector of each chunk in turn. All vectors of a slab that is 64 channels wide share a tap in each chunk; a
-// narrower slab packs several taps into a chunk.
+// Follows one of a chunk's vectors from chunk to chunk. In a slab as wide as a chunk, all vectors of a chunk have the
+// same tap; a narrower slab, the last of a group, packs several taps into a chunk.
 template <class T>
 class DepthCursor {
  public:
   __device__ DepthCursor(const FusedSizes& sizes, int vector, int first_chunk = 0) : sizes_(sizes), vector_(vector) {
-    const int slab = min(first_chunk / sizes.taps, sizes.channels / kChunk<T>);
+    const int slab = min(first_chunk / sizes.taps, sizes.group_channels / kChunk<T>);
     chunk_ = first_chunk - slab * sizes.taps;
     enter(slab * kChunk<T>);
   }
 
-  __device__ bool valid() const { return width_ > 0 && tap_ < sizes_.taps; }
+  __device__ bool valid() const { return width_ > 0 && tap_ < sizes_.taps; }  // else past the end of K
   __device__ int tap() const { return tap_; }
-  __device__ int channel() const { return slab_ + channel_; }  // of the group
-  __device__ int depth() const { return tap_ * sizes_.channels + channel(); }
-  __device__ int slab() const { return slab_; }
-  // All vectors of the chunk have one tap.
-  __device__ bool whole() const { return width_ == kChunk<T>; }
+  __device__ int channel() const { return slab_ + channel_; }  // within the group
+  __device__ int slab() const { return slab_; }                // its first channel within the group
+  __device__ int depth() const { return tap_ * sizes_.group_channels + channel(); }  // index in a row of the weight
+  __device__ bool chunk_has_one_tap() const { return width_ == kChunk<T>; }
 
   __device__ void advance() {
     if (++chunk_ * kChunk<T> >= width_ * sizes_.taps) {
@@ -157,11 +163,11 @@ class DepthCursor {
  private:
   __device__ void enter(int slab) {
     slab_ = slab;
-    width_ = max(0, min(kChunk<T>, sizes_.channels - slab));
+    width_ = max(0, min(kChunk<T>, sizes_.group_channels - slab));
     tap_ = channel_ = 0;
     move(chunk_ * kChunk<T> + vector_ * kVector<T>);
   }
-  // Seldom more than one step, so no division.
+  // Rarely more than one step, so a loop is cheaper than a division.
   __device__ void move(int by) {
     for (channel_ += by; width_ > 0 && channel_ >= width_; ++tap_) channel_ -= width_;
   }
@@ -169,8 +175,8 @@ class DepthCursor {
   const FusedSizes& sizes_;
   int vector_;
   int slab_, width_;   // first channel and number of channels
-  int tap_, channel_;  // channel of the slab
-  int chunk_;          // of the slab
+  int tap_, channel_;  // channel within the slab
+  int chunk_;          // within the slab
 };
 
 // ---- The gather
@@ -198,11 +204,11 @@ DCN_DEVICE Vec<float, kVector<T>> interpolate(const Corners<T>& corners, const V
 #pragma unroll
   for (int i = 0; i < 4; ++i)
 #pragma unroll
-    for (int v = 0; v < kVector<T>; ++v) sum.lane[v] += weight.lane[i] * widen(corners.lane[i].lane[v]);
+    for (int v = 0; v < kVector<T>; ++v) sum.lane[v] += weight.lane[i] * to_accum(corners.lane[i].lane[v]);
   return sum;
 }
 
-// Rounds to what is multiplied: 16 bits, or TF32.
+// Rounds to the type of the GEMM's operands: T, or TF32 for float.
 template <class T>
 DCN_DEVICE void store_rounded(T* to, const Vec<float, kVector<T>>& x) {
   Vec<uint32_t, 4> bits;
@@ -215,12 +221,20 @@ DCN_DEVICE void store_rounded(T* to, const Vec<float, kVector<T>>& x) {
   store(reinterpret_cast<uint32_t*>(to), bits);
 }
 
+DCN_DEVICE Vec<float, 8> load_eight(const float* shared) {
+  Vec<float, 8> x;
+  const auto low = load<4>(shared), high = load<4>(shared + 4);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) x.lane[i] = low.lane[i], x.lane[4 + i] = high.lane[i];
+  return x;
+}
+
 // ---- Tiles
 
-// A block's product: rows x columns, shared out to a grid of warps.
-template <int rows, int columns, int warps_m, int blocks_per_multiprocessor>
+// A block's tile of the GEMM, rows x columns, divided among a grid of warps.
+template <int rows, int columns, int warps_m, int blocks_per_sm>
 struct FusedTile {
-  static constexpr int kRows = rows, kColumns = columns, kBlocks = blocks_per_multiprocessor;
+  static constexpr int kRows = rows, kColumns = columns, kBlocks = blocks_per_sm;
   static constexpr int kWarpRows = rows / warps_m, kWarpColumns = columns * warps_m / kFusedWarps;
   using Sum = Accumulator<kWarpRows / 16, kWarpColumns / 16>;
 
@@ -228,12 +242,12 @@ struct FusedTile {
   DCN_DEVICE int warp_column() { return threadIdx.x / 32 / warps_m * kWarpColumns; }
 };
 
-// Cuts a block's dynamic shared memory into arrays: where each begins, in bytes.
+// Divides a block's dynamic shared memory into arrays; `allocate` returns an array's offset in bytes.
 struct SharedLayout {
   int bytes = 0;
 
   template <class U>
-  __host__ __device__ int take(int count) {
+  __host__ __device__ int allocate(int count) {
     const int at = bytes;
     bytes += (count * static_cast<int>(sizeof(U)) + 127) / 128 * 128;
     return at;

@@ -10,17 +10,18 @@
 namespace dcn::cuda {
 namespace {
 
-DeformPSRoIPoolShape launchable(const DeformPSRoIPoolShape& s) {
-  constexpr int64_t kMostItems = INT32_MAX - 32;  // a warp counts a bin's samples in a class's channels
+// A warp counts a bin's samples in all channels of a class in 32 bits.
+void check_samples(const DeformPSRoIPoolShape& s) {
+  constexpr int64_t kMostItems = INT32_MAX - 32;
   check(s.samples <= 1024 && s.samples * s.samples <= kMostItems / std::max<int64_t>(s.class_channels(), 1),
         "sample_per_part is too large for CUDA, got ", s.samples, " for ", s.channels, " channels");
-  return s;
 }
 
 Tensor forward(const Tensor& input, const Tensor& rois, const std::optional<Tensor>& offset, IntList output_size,
                IntList group_size, IntList part_size, int64_t sample_per_part, double spatial_scale, double trans_std) {
-  const auto s = launchable(checked_shape(input, rois, offset, output_size, group_size, part_size, sample_per_part,
-                                          spatial_scale, trans_std));
+  const auto s =
+      checked_shape(input, rois, offset, output_size, group_size, part_size, sample_per_part, spatial_scale, trans_std);
+  check_samples(s);
   const DeviceScope device(input);
   const ScalarType type = input.scalar_type();
   const bool channels_last = prefers_channels_last(input);
@@ -55,40 +56,33 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& inp
                                     const std::optional<Tensor>& offset, IntList output_size, IntList group_size,
                                     IntList part_size, int64_t sample_per_part, double spatial_scale, double trans_std,
                                     bool need_input, bool need_offset, bool deterministic) {
-  const auto s = launchable(checked_shape(input, rois, offset, output_size, group_size, part_size, sample_per_part,
-                                          spatial_scale, trans_std));
+  const auto s =
+      checked_shape(input, rois, offset, output_size, group_size, part_size, sample_per_part, spatial_scale, trans_std);
+  check_samples(s);
   check_like_input(grad_output, input, "grad_output");
   check_shape(sizes(grad_output), {s.rois, s.output_dim, s.out_height, s.out_width}, "grad_output",
               "(K, output_dim, output height, output width)");
   const DeviceScope device(input);
   const ScalarType type = input.scalar_type(), sum_type = compute_type(type);
   const bool channels_last = prefers_channels_last(input);
-  const IntList map_size{s.batch, s.channels, s.height, s.width};
-  const Tensor sums =
-      need_input ? zeros(input, map_size, sum_type, format_of(channels_last)) : empty(input, {0}, sum_type);
-  Tensor grad_offset = need_offset && offset
-                           ? empty(*offset, IntList(sizes(*offset).begin(), sizes(*offset).end()), type)
-                           : empty(input, {0}, type);
-  const Tensor grad_input =
-      need_input && type != sum_type ? empty(input, map_size, type, format_of(channels_last)) : sums;
-  if (s.batch == 0) grad_offset = torch::stable::zero_(grad_offset);
+  const auto sums = zeroed(make_gradient(need_input, input, sum_type, format_of(channels_last)));
+  auto grad_offset = make_gradient(need_offset, offset, type);
+  if (s.batch == 0) grad_offset = zeroed(grad_offset);
+  std::optional<Tensor> grad_input;
   dispatch(type, [&]<class T>(T) {
     using A = Accum<T>;
     if (s.rois > 0 && s.batch > 0) {
       const Tensor maps = as_layout(input, channels_last), grad = as_layout(grad_output, channels_last);
       const Tensor boxes = as(rois, sum_type);
       const auto offsets = as(offset, type);
-      launch_backward(
-          device,
-          PSRoIArgs<T>{s, channels_last, data<T>(maps), data<A>(boxes), data<T>(offsets), nullptr, data<T>(grad),
-                       need_input ? data<A>(sums) : nullptr, need_offset && offset ? data<T>(grad_offset) : nullptr},
-          deterministic);
+      launch_backward(device,
+                      PSRoIArgs<T>{s, channels_last, data<T>(maps), data<A>(boxes), data<T>(offsets), nullptr,
+                                   data<T>(grad), data<A>(sums), data<T>(grad_offset)},
+                      deterministic);
     }
-    if (need_input && type != sum_type && sums.numel() > 0)
-      device.launch(narrow_all<T>, {blocks_for(sums.numel(), 256), 256}, data<T>(grad_input), data<A>(sums),
-                    sums.numel());
+    if (sums) grad_input = rounded<T>(device, *sums);
   });
-  return {need_input ? grad_input : empty(input, {0}, type), grad_offset};
+  return {finished(grad_input, input, format_of(input)), finished(grad_offset, input)};
 }
 
 }  // namespace

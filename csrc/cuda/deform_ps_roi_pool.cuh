@@ -1,8 +1,8 @@
-// Kernels of deformable position-sensitive RoI pooling. Each bin reads every output channel from a map of its own, so
-// no layout lets neighbouring lanes read neighbouring memory in general: the kernels take both, through strides, and
-// lanes are neighbours where the layout's own order makes them so.
+// Kernels of deformable position-sensitive RoI pooling. Each bin reads each output channel from a map of its own, so
+// that no layout makes all accesses coalesced. The kernels read both layouts through strides, and number their threads
+// so that neighbouring lanes are neighbours in memory where the layout allows it.
 #pragma once
-#include "../deform_ps_roi_pool.h"
+#include "../deform_ps_roi_pool_shape.h"
 #include "runtime.h"
 
 namespace dcn::cuda {
@@ -16,12 +16,12 @@ struct PSRoIArgs {
   const A* rois;    // (K, 5)
   const T* offset;  // (K, 2 * classes, part height, part width), x first, or null
   T* output;
-  // The backward's. Gradients may be null.
+  // For the backward. Each gradient may be null.
   const T* grad_output;
   A* grad_input;  // zero on entry
   T* grad_offset;
 
-  // Where a pixel of a map and a bin of an output channel lie.
+  // The indices of a map, of a pixel in it, and of a bin of an output channel.
   __host__ __device__ int64_t map(int64_t image, int64_t channel) const {
     return image * shape.channels * shape.height * shape.width +
            channel * (channels_last ? 1 : shape.height * shape.width);
@@ -33,15 +33,15 @@ struct PSRoIArgs {
   }
 };
 
-// Kernels state one block a multiprocessor as the least, so that the compiler spills nothing to fit more.
+// Kernels are compiled for one block an SM at least, so that no registers are spilled to fit more.
 constexpr int kPSRoIThreads = 256, kPSRoIWarps = kPSRoIThreads / 32;
 
-// A bin as a class's channels see it. `share` is one over the number of its samples on the map; 0 where none is, where
-// a RoI is not finite or its image does not exist.
+// A bin of a class. `inverse_count` is one over the number of its samples on the map; 0 where there are none, also
+// because the RoI is not finite or its batch index is out of range.
 template <class A>
 struct PSRoIBin {
   PSRoIAxis<A> y, x;
-  A shift_y, shift_x, share;
+  A shift_y, shift_x, inverse_count;
   int64_t image, row, column;
 
   __device__ AxisSample<A> sample_y(int64_t index, int64_t height) const {
@@ -61,21 +61,21 @@ DCN_DEVICE PSRoIBin<Accum<T>> make_bin(const PSRoIArgs<T>& args, int64_t roi, in
   const A scale = static_cast<A>(s.spatial_scale), trans_std = static_cast<A>(s.trans_std);
   PSRoIBin<A> bin = {};
   bin.row = row, bin.column = column;
-  if (!(box[0] > A(-1) && box[0] < static_cast<A>(s.batch))) return bin;
+  if (!is_batch_index(box[0], s.batch)) return bin;
   bin.image = static_cast<int64_t>(box[0]);
   bin.y = ps_roi_axis(box[2], box[4], scale, s.out_height, s.samples);
   bin.x = ps_roi_axis(box[1], box[3], scale, s.out_width, s.samples);
   if (args.offset) {
     const T* const own = args.offset + (roi * s.classes + group) * 2 * s.parts() + s.part_of(row, column);
-    bin.shift_x = trans_std * bin.x.length * widen(own[0]);
-    bin.shift_y = trans_std * bin.y.length * widen(own[s.parts()]);
+    bin.shift_x = trans_std * bin.x.length * to_accum(own[0]);
+    bin.shift_y = trans_std * bin.y.length * to_accum(own[s.parts()]);
   }
   A rows = 0, columns = 0;
   for (int64_t i = 0; i < s.samples; ++i) {
     rows += bin.sample_y(i, s.height).low < 0 ? A(0) : A(1);
     columns += bin.sample_x(i, s.width).low < 0 ? A(0) : A(1);
   }
-  bin.share = rows * columns > A(0) ? A(1) / (rows * columns) : A(0);
+  bin.inverse_count = rows * columns > A(0) ? A(1) / (rows * columns) : A(0);
   return bin;
 }
 
@@ -92,17 +92,18 @@ __global__ void __launch_bounds__(kPSRoIThreads, 1) ps_roi_forward(PSRoIArgs<T> 
     const PSRoIBin<A> bin = make_bin(args, roi, channel / s.class_channels(), row, column);
     const T* const map = args.input + args.map(bin.image, s.map_of(channel, row, column));
     A sum = 0;
-    for (int64_t i = 0; bin.share > A(0) && i < s.samples; ++i) {
+    for (int64_t i = 0; bin.inverse_count > A(0) && i < s.samples; ++i) {
       const auto y = bin.sample_y(i, s.height);
       for (int64_t j = 0; y.low >= 0 && j < s.samples; ++j) {
         const auto x = bin.sample_x(j, s.width);
         if (x.low < 0) continue;
         const auto at = make_sample(y, x, static_cast<int32_t>(s.width));
 #pragma unroll
-        for (int corner = 0; corner < 4; ++corner) sum += at.weight[corner] * widen(map[args.pixel(at.pixel[corner])]);
+        for (int corner = 0; corner < 4; ++corner)
+          sum += at.weight[corner] * to_accum(map[args.pixel(at.pixel[corner])]);
       }
     }
-    args.output[index] = narrow<T>(bin.share * sum);
+    args.output[index] = round_to<T>(bin.inverse_count * sum);
   }
 }
 
@@ -110,13 +111,13 @@ struct IndexRange {
   int64_t begin, end;
 };
 
-// Which of `bins` have bin * shares / bins == share.
-DCN_DEVICE IndexRange bins_of_share(int64_t share, int64_t shares, int64_t bins) {
-  return {divide_up(share * bins, shares), divide_up((share + 1) * bins, shares)};
+// The bins with bin * parts / bins == part.
+DCN_DEVICE IndexRange bins_of_part(int64_t part, int64_t parts, int64_t bins) {
+  return {divide_up(part * bins, parts), divide_up((part + 1) * bins, parts)};
 }
 
-// A warp takes an offset: its bins' samples in the class's channels, a lane each. So grad_offset needs no atomics and
-// is bitwise repeatable, and grad_input is added in the same pass.
+// A warp owns an offset, and its lanes the samples of the offset's bins in all channels of the class. So grad_offset
+// needs no atomics and is bitwise repeatable, and grad_input is added in the same pass.
 template <class T>
 __global__ void __launch_bounds__(kPSRoIThreads, 1) ps_roi_backward(PSRoIArgs<T> args) {
   using A = Accum<T>;
@@ -125,13 +126,13 @@ __global__ void __launch_bounds__(kPSRoIThreads, 1) ps_roi_backward(PSRoIArgs<T>
   const int points = samples * samples, items = points * channels;
   for (int64_t task = thread_index() / 32; task < s.rois * s.classes * s.parts(); task += thread_count() / 32) {
     const int64_t part = task % s.parts(), group = task / s.parts() % s.classes, roi = task / s.parts() / s.classes;
-    const IndexRange rows = bins_of_share(part / s.part_width, s.part_height, s.out_height);
-    const IndexRange columns = bins_of_share(part % s.part_width, s.part_width, s.out_width);
+    const IndexRange rows = bins_of_part(part / s.part_width, s.part_height, s.out_height);
+    const IndexRange columns = bins_of_part(part % s.part_width, s.part_width, s.out_width);
     A sum_y = 0, sum_x = 0;
     for (int64_t row = rows.begin; row < rows.end; ++row)
       for (int64_t column = columns.begin; column < columns.end; ++column) {
         const PSRoIBin<A> bin = make_bin(args, roi, group, row, column);
-        if (bin.share == A(0)) continue;  // the RoI's size may be infinite
+        if (bin.inverse_count == A(0)) continue;  // the RoI's size may be infinite
         const int64_t first_map = s.map_of(group * channels, row, column), place = row * s.out_width + column;
         for (int item = threadIdx.x % 32; item < items; item += 32) {
           const int sample = args.channels_last ? item / channels : item % points;
@@ -139,13 +140,14 @@ __global__ void __launch_bounds__(kPSRoIThreads, 1) ps_roi_backward(PSRoIArgs<T>
           const auto y = bin.sample_y(sample / samples, s.height), x = bin.sample_x(sample % samples, s.width);
           if (y.low < 0 || x.low < 0) continue;
           const auto at = make_sample(y, x, static_cast<int32_t>(s.width));
-          const A grad = bin.share * widen(args.grad_output[args.out(roi, group * channels + channel, place)]);
+          const A grad =
+              bin.inverse_count * to_accum(args.grad_output[args.out(roi, group * channels + channel, place)]);
           const int64_t map = args.map(bin.image, first_map + channel * s.group_height * s.group_width);
           A dot[4];
 #pragma unroll
           for (int corner = 0; corner < 4; ++corner) {
             const int64_t pixel = map + args.pixel(at.pixel[corner]);
-            dot[corner] = args.grad_offset ? grad * widen(args.input[pixel]) : A(0);
+            dot[corner] = args.grad_offset ? grad * to_accum(args.input[pixel]) : A(0);
             if (args.grad_input) atomic_add(args.grad_input + pixel, at.weight[corner] * grad);
           }
           sum_y += bin.y.length * derivative_y(at, dot), sum_x += bin.x.length * derivative_x(at, dot);
@@ -155,12 +157,12 @@ __global__ void __launch_bounds__(kPSRoIThreads, 1) ps_roi_backward(PSRoIArgs<T>
     sum_y = warp_sum(sum_y), sum_x = warp_sum(sum_x);
     if (threadIdx.x % 32 > 0) continue;
     T* const to = args.grad_offset + (roi * s.classes + group) * 2 * s.parts() + part;
-    to[0] = narrow<T>(static_cast<A>(s.trans_std) * sum_x);
-    to[s.parts()] = narrow<T>(static_cast<A>(s.trans_std) * sum_y);
+    to[0] = round_to<T>(static_cast<A>(s.trans_std) * sum_x);
+    to[s.parts()] = round_to<T>(static_cast<A>(s.trans_std) * sum_y);
   }
 }
 
-// grad_input without atomics, bitwise repeatable: a thread owns a band of rows of one map and adds what falls there in
+// grad_input without atomics, bitwise repeatable: a thread owns a band of one map's rows and adds what falls there in
 // order of RoIs, bins and samples.
 template <class T>
 __global__ void __launch_bounds__(kPSRoIThreads, 1) ps_roi_scatter_in_order(PSRoIArgs<T> args, int band_rows) {
@@ -172,15 +174,16 @@ __global__ void __launch_bounds__(kPSRoIThreads, 1) ps_roi_scatter_in_order(PSRo
     const int64_t groups = s.group_height * s.group_width, channel = map_channel / groups;
     if (channel >= s.output_dim) continue;
     const int64_t first_row = band * band_rows, end_row = first_row + band_rows;
-    const IndexRange rows = bins_of_share(map_channel % groups / s.group_width, s.group_height, s.out_height);
-    const IndexRange columns = bins_of_share(map_channel % s.group_width, s.group_width, s.out_width);
+    const IndexRange rows = bins_of_part(map_channel % groups / s.group_width, s.group_height, s.out_height);
+    const IndexRange columns = bins_of_part(map_channel % s.group_width, s.group_width, s.out_width);
     A* const map = args.grad_input + args.map(image, map_channel);
     for (int64_t roi = 0; roi < s.rois; ++roi)
       for (int64_t row = rows.begin; row < rows.end; ++row)
         for (int64_t column = columns.begin; column < columns.end; ++column) {
           const PSRoIBin<A> bin = make_bin(args, roi, channel / s.class_channels(), row, column);
-          if (bin.share == A(0) || bin.image != image) continue;
-          const A grad = bin.share * widen(args.grad_output[args.out(roi, channel, row * s.out_width + column)]);
+          if (bin.inverse_count == A(0) || bin.image != image) continue;
+          const A grad =
+              bin.inverse_count * to_accum(args.grad_output[args.out(roi, channel, row * s.out_width + column)]);
           for (int64_t i = 0; i < s.samples; ++i) {
             const auto y = bin.sample_y(i, s.height);
             if (y.low < 0 || y.high < first_row || y.low >= end_row) continue;

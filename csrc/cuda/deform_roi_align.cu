@@ -10,13 +10,13 @@
 namespace dcn::cuda {
 namespace {
 
-DeformRoIAlignShape launchable(const DeformRoIAlignShape& s) {
+// Kernels count rows in 32 bits.
+void check_rows(const DeformRoIAlignShape& s) {
   check(s.rois <= (INT32_MAX - kRoIThreads) / s.bins(), "rois have too many bins for one launch: ", s.rois, " x ",
         s.out_height, " x ", s.out_width);
-  return s;
 }
 
-// A warp a row, or blocks of 32 rows.
+// A row for each warp (channels last), or 32 rows for each block.
 template <class T>
 dim3 blocks_of(const RoIArgs<T>& args, bool channels_last) {
   return blocks_for(args.rows(), channels_last ? kRoIWarps : 32);
@@ -25,8 +25,8 @@ dim3 blocks_of(const RoIArgs<T>& args, bool channels_last) {
 Tensor forward(const Tensor& input, const Tensor& rois, const std::optional<Tensor>& offset,
                const std::optional<Tensor>& mask, IntList output_size, double spatial_scale, int64_t sampling_ratio,
                double gamma) {
-  const auto s =
-      launchable(checked_shape(input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma));
+  const auto s = checked_shape(input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma);
+  check_rows(s);
   const DeviceScope device(input);
   const ScalarType type = input.scalar_type();
   const bool channels_last = prefers_channels_last(input);
@@ -39,7 +39,7 @@ Tensor forward(const Tensor& input, const Tensor& rois, const std::optional<Tens
     const LaunchShape shape{blocks_of(args, channels_last), kRoIThreads};
     if (!channels_last)
       device.launch(roi_forward_channels_first<T>, shape, args);
-    else if (takes_vectors<T>(map, s.channels))
+    else if (supports_vectors<T>(map, s.channels))
       device.launch(roi_forward_channels_last<T, 16 / sizeof(T)>, shape, args);
     else
       device.launch(roi_forward_channels_last<T, 1>, shape, args);
@@ -76,25 +76,19 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
                                             const std::optional<Tensor>& offset, const std::optional<Tensor>& mask,
                                             IntList output_size, double spatial_scale, int64_t sampling_ratio,
                                             double gamma, bool need_input, bool need_sampling, bool deterministic) {
-  const auto s =
-      launchable(checked_shape(input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma));
+  const auto s = checked_shape(input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma);
+  check_rows(s);
   check_like_input(grad_output, input, "grad_output");
   check_shape(sizes(grad_output), {s.rois, s.channels, s.out_height, s.out_width}, "grad_output",
               "(K, C, output height, output width)");
   const DeviceScope device(input);
   const ScalarType type = input.scalar_type(), sum_type = compute_type(type);
-  // What adds in order knows one layout only.
+  // The deterministic kernel reads channels last only.
   const bool channels_last = deterministic || prefers_channels_last(input);
-  const IntList map_size{s.batch, s.channels, s.height, s.width};
-  Tensor sums = need_input ? zeros(input, map_size, sum_type, format_of(channels_last)) : empty(input, {0}, sum_type);
-  const auto gradient_of = [&](const std::optional<Tensor>& t) {
-    if (!need_sampling || !t) return empty(input, {0}, type);
-    Tensor g = empty(*t, IntList(sizes(*t).begin(), sizes(*t).end()), type);
-    return s.batch > 0 ? g : torch::stable::zero_(g);
-  };
-  const Tensor grad_offset = gradient_of(offset), grad_mask = gradient_of(mask);
-  const Tensor grad_input =
-      need_input && type != sum_type ? empty(input, map_size, type, format_of(channels_last)) : sums;
+  const auto sums = zeroed(make_gradient(need_input, input, sum_type, format_of(channels_last)));
+  auto grad_offset = make_gradient(need_sampling, offset, type), grad_mask = make_gradient(need_sampling, mask, type);
+  if (s.batch == 0) grad_offset = zeroed(grad_offset), grad_mask = zeroed(grad_mask);
+  std::optional<Tensor> grad_input;
   dispatch(type, [&]<class T>(T) {
     using A = Accum<T>;
     if (s.rois > 0 && s.batch > 0) {
@@ -103,18 +97,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
       const auto offsets = as(offset, type), masks = as(mask, type);
       RoIArgs<T> args{s, data<T>(map), data<A>(boxes), data<T>(offsets), data<T>(masks)};
       args.grad_output = data<T>(grad);
-      args.grad_input = need_input ? data<A>(sums) : nullptr;
-      args.grad_offset = need_sampling && offset ? data<T>(grad_offset) : nullptr;
-      args.grad_mask = need_sampling && mask ? data<T>(grad_mask) : nullptr;
-      const bool vectors = takes_vectors<T>(map, s.channels) && takes_vectors<T>(grad, s.channels);
+      args.grad_input = data<A>(sums);
+      args.grad_offset = data<T>(grad_offset), args.grad_mask = data<T>(grad_mask);
+      const bool vectors = supports_vectors<T>(map, s.channels) && supports_vectors<T>(grad, s.channels);
       launch_backward(device, args, channels_last, vectors, deterministic);
     }
-    if (need_input && type != sum_type && sums.numel() > 0)
-      device.launch(narrow_all<T>, {blocks_for(sums.numel(), 256), 256}, data<T>(grad_input), data<A>(sums),
-                    sums.numel());
+    if (sums) grad_input = rounded<T>(device, *sums);
   });
-  return {need_input ? as_layout(grad_input, prefers_channels_last(input)) : empty(input, {0}, type), grad_offset,
-          grad_mask};
+  return {finished(grad_input, input, format_of(input)), finished(grad_offset, input), finished(grad_mask, input)};
 }
 
 }  // namespace

@@ -1,9 +1,9 @@
-// Kernels of deformable RoI align. A row is a bin of a RoI; its gradients with respect to offset and mask are sums over
-// its samples and channels, so one pass over the samples gives all gradients.
-//   channels last    a warp takes a row, its lanes neighbouring channels
-//   channels first   lanes are neighbouring rows, a block's warps share the channels
+// Kernels of deformable RoI align. A row is a bin of a RoI. Its gradients with respect to offset and mask are sums over
+// its samples and channels, so that one pass over the samples gives all gradients.
+//   channels last    one warp for each row, with lanes for neighbouring channels
+//   channels first   lanes for neighbouring rows, with a block's warps for different channels
 #pragma once
-#include "../deform_roi_align.h"
+#include "../deform_roi_align_shape.h"
 #include "runtime.h"
 
 namespace dcn::cuda {
@@ -17,7 +17,7 @@ struct RoIArgs {
   const T* offset;  // (K, 2, oh, ow), x first, or null
   const T* mask;    // (K, 1, oh, ow), or null
   T* output;
-  // The backward's. Gradients may be null.
+  // For the backward. Each gradient may be null.
   const T* grad_output;
   A* grad_input;  // zero on entry
   T* grad_offset;
@@ -26,13 +26,13 @@ struct RoIArgs {
   constexpr int rows() const { return static_cast<int>(shape.rois * shape.bins()); }
 };
 
-// Kernels state one block a multiprocessor as the least, so that the compiler spills nothing to fit more.
+// Kernels are compiled for one block an SM at least, so that no registers are spilled to fit more.
 constexpr int kRoIThreads = 256, kRoIWarps = kRoIThreads / 32;
-constexpr int kPlanarChannels = 4;  // channels first: a thread's at once
+constexpr int kPlanarChannels = 4;  // channels first: how many a thread takes at once
 
 template <class A>
 struct Bin {
-  int64_t image;  // where there is no such image, there are no samples
+  int64_t image;  // 0, and no samples, where the RoI's batch index is out of range
   int row, column;
   RoIAxis<A> y, x;
   A shift_y, shift_x, mask, inverse_count;
@@ -47,17 +47,17 @@ DCN_DEVICE Bin<Accum<T>> make_bin(const RoIArgs<T>& args, int index) {
   const int roi = index / bins, i = index - roi * bins;
   const A* const box = args.rois + static_cast<int64_t>(roi) * 5;
   Bin<A> bin = {};
-  const bool inside = box[0] > A(-1) && box[0] < static_cast<A>(s.batch);
+  const bool inside = is_batch_index(box[0], s.batch);
   bin.image = inside ? static_cast<int64_t>(box[0]) : 0;
   bin.row = i / static_cast<int>(s.out_width), bin.column = i % static_cast<int>(s.out_width);
   const A scale = static_cast<A>(s.spatial_scale);
   bin.y = roi_axis(box[2], box[4], scale, s.out_height, s.sampling_ratio);
   bin.x = roi_axis(box[1], box[3], scale, s.out_width, s.sampling_ratio);
   const A gamma = static_cast<A>(s.gamma);
-  bin.shift_x = args.offset ? gamma * bin.x.length * widen(args.offset[2 * static_cast<int64_t>(index) - i]) : A(0);
+  bin.shift_x = args.offset ? gamma * bin.x.length * to_accum(args.offset[2 * static_cast<int64_t>(index) - i]) : A(0);
   bin.shift_y =
-      args.offset ? gamma * bin.y.length * widen(args.offset[2 * static_cast<int64_t>(index) - i + bins]) : A(0);
-  bin.mask = args.mask ? widen(args.mask[index]) : A(1);
+      args.offset ? gamma * bin.y.length * to_accum(args.offset[2 * static_cast<int64_t>(index) - i + bins]) : A(0);
+  bin.mask = args.mask ? to_accum(args.mask[index]) : A(1);
   const A count = bin.y.samples * bin.x.samples;
   bin.inverse_count = A(1) / (count > A(1) ? count : A(1));
   if (inside) {
@@ -83,15 +83,14 @@ DCN_DEVICE void for_each_sample(const DeformRoIAlignShape& s, const Bin<A>& bin,
   }
 }
 
-// A bin's sums over samples and channels of grad_output times the sample's derivative in y, in x, and its value.
+// A bin's sums, over samples and channels, of the gradients of a sample's position and mask.
 template <class A>
 struct BinSums {
-  A y, x, value;
+  A y, x, mask;
 
   __device__ void add(const Sample<A>& at, const A dot[4]) {
-    y += derivative_y(at, dot), x += derivative_x(at, dot);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) value += at.weight[i] * dot[i];
+    const auto grad = sampling_gradient(at, dot, A(1));
+    y += grad.y, x += grad.x, mask += grad.mask;
   }
 };
 
@@ -102,10 +101,10 @@ DCN_DEVICE void store_sampling_gradients(const RoIArgs<T>& args, const Bin<Accum
   const int64_t to = 2 * static_cast<int64_t>(index) - index % bins;
   if (args.grad_offset) {
     const Accum<T> scale = bin.mask * bin.inverse_count * static_cast<Accum<T>>(args.shape.gamma);
-    args.grad_offset[to] = narrow<T>(scale * bin.x.length * sums.x);
-    args.grad_offset[to + bins] = narrow<T>(scale * bin.y.length * sums.y);
+    args.grad_offset[to] = round_to<T>(scale * bin.x.length * sums.x);
+    args.grad_offset[to + bins] = round_to<T>(scale * bin.y.length * sums.y);
   }
-  if (args.grad_mask) args.grad_mask[index] = narrow<T>(bin.inverse_count * sums.value);
+  if (args.grad_mask) args.grad_mask[index] = round_to<T>(bin.inverse_count * sums.mask);
 }
 
 // ---- Channels last
@@ -115,8 +114,8 @@ __global__ void __launch_bounds__(kRoIThreads, 1) roi_forward_channels_last(RoIA
   using A = Accum<T>;
   const DeformRoIAlignShape& s = args.shape;
   const int lane = threadIdx.x % 32, channels = static_cast<int>(s.channels);
-  for (int index = static_cast<int>(thread_index() / 32); index < args.rows();
-       index += static_cast<int>(thread_count() / 32)) {
+  for (int64_t row = thread_index() / 32; row < args.rows(); row += thread_count() / 32) {
+    const int index = static_cast<int>(row);
     const Bin<A> bin = make_bin(args, index);
     const A scale = bin.mask * bin.inverse_count;
     for (int c = lane * V; c < channels; c += 32 * V) {
@@ -127,12 +126,12 @@ __global__ void __launch_bounds__(kRoIThreads, 1) roi_forward_channels_last(RoIA
         for (int i = 0; i < 4; ++i) {
           const auto value = load<V>(map + at.pixel[i] * s.channels);
 #pragma unroll
-          for (int v = 0; v < V; ++v) sum.lane[v] += at.weight[i] * widen(value.lane[v]);
+          for (int v = 0; v < V; ++v) sum.lane[v] += at.weight[i] * to_accum(value.lane[v]);
         }
       });
       Vec<T, V> out;
 #pragma unroll
-      for (int v = 0; v < V; ++v) out.lane[v] = narrow<T>(scale * sum.lane[v]);
+      for (int v = 0; v < V; ++v) out.lane[v] = round_to<T>(scale * sum.lane[v]);
       store(args.output + static_cast<int64_t>(index) * s.channels + c, out);
     }
   }
@@ -143,8 +142,8 @@ __global__ void __launch_bounds__(kRoIThreads, 1) roi_backward_channels_last(RoI
   using A = Accum<T>;
   const DeformRoIAlignShape& s = args.shape;
   const int lane = threadIdx.x % 32, channels = static_cast<int>(s.channels);
-  for (int index = static_cast<int>(thread_index() / 32); index < args.rows();
-       index += static_cast<int>(thread_count() / 32)) {
+  for (int64_t row = thread_index() / 32; row < args.rows(); row += thread_count() / 32) {
+    const int index = static_cast<int>(row);
     const Bin<A> bin = make_bin(args, index);
     const A scale = bin.mask * bin.inverse_count;
     BinSums<A> sums = {};
@@ -157,25 +156,26 @@ __global__ void __launch_bounds__(kRoIThreads, 1) roi_backward_channels_last(RoI
         for (int i = 0; i < 4; ++i) {
           const int64_t pixel = start + at.pixel[i] * s.channels;
           const auto value = load<V>(args.input + pixel);
-          Vec<A, V> share;
+          Vec<A, V> contribution;
 #pragma unroll
           for (int v = 0; v < V; ++v) {
-            const A g = widen(grad.lane[v]);
-            dot[i] += g * widen(value.lane[v]);
-            share.lane[v] = scale * at.weight[i] * g;
+            const A g = to_accum(grad.lane[v]);
+            dot[i] += g * to_accum(value.lane[v]);
+            contribution.lane[v] = scale * at.weight[i] * g;
           }
-          if (args.grad_input) atomic_add(args.grad_input + pixel, share);
+          if (args.grad_input) atomic_add(args.grad_input + pixel, contribution);
         }
         sums.add(at, dot);
       });
     }
-    sums = {warp_sum(sums.y), warp_sum(sums.x), warp_sum(sums.value)};
+    sums = {warp_sum(sums.y), warp_sum(sums.x), warp_sum(sums.mask)};
     if (lane == 0) store_sampling_gradients(args, bin, sums, index);
   }
 }
 
-// grad_input without atomics, bitwise repeatable: a warp owns 32 channels of a band of rows of an image's map, a lane
-// each channel, and adds what falls there in order of bins and samples. All lanes look for bins, one each.
+// grad_input without atomics, bitwise repeatable: a warp owns 32 channels, one a lane, of a band of an image's map
+// rows, and adds what falls there in order of bins and samples. The lanes search for such bins in parallel, one bin a
+// lane.
 template <class T>
 __global__ void __launch_bounds__(kRoIThreads, 1) roi_scatter_in_order(RoIArgs<T> args, int band_rows) {
   using A = Accum<T>;
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kRoIThreads, 1) roi_scatter_in_order(RoIArgs<T
   const int bands = (static_cast<int>(s.height) + band_rows - 1) / band_rows;
   const int slabs = (static_cast<int>(s.channels) + 31) / 32;
   const int task = static_cast<int>(thread_index() / 32);
-  if (task >= s.batch * slabs * bands) return;  // whole warps
+  if (task >= s.batch * slabs * bands) return;  // all lanes of the warp together
   const int band = task % bands, slab = task / bands % slabs, image = task / bands / slabs;
   const int channel = slab * 32 + lane;
   const int32_t first_row = band * band_rows, end_row = first_row + band_rows;
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kRoIThreads, 1) roi_scatter_in_order(RoIArgs<T
       const Bin<A> bin = make_bin(args, index);
       if (channel >= s.channels) continue;
       const A grad =
-          bin.mask * bin.inverse_count * widen(args.grad_output[static_cast<int64_t>(index) * s.channels + channel]);
+          bin.mask * bin.inverse_count * to_accum(args.grad_output[static_cast<int64_t>(index) * s.channels + channel]);
       for_each_sample(s, bin, [&](const Sample<A>& at) {
 #pragma unroll
         for (int i = 0; i < 4; ++i)
@@ -238,12 +238,12 @@ __global__ void __launch_bounds__(kRoIThreads, 1) roi_forward_channels_first(RoI
       for (int k = 0; k < kPlanarChannels; ++k) {
         if (k >= count) break;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sum[k] += at.weight[i] * widen(map[k * pixels + at.pixel[i]]);
+        for (int i = 0; i < 4; ++i) sum[k] += at.weight[i] * to_accum(map[k * pixels + at.pixel[i]]);
       }
     });
 #pragma unroll
     for (int k = 0; k < kPlanarChannels; ++k)
-      if (k < count) args.output[(roi * s.channels + c + k) * bins + index - roi * bins] = narrow<T>(scale * sum[k]);
+      if (k < count) args.output[(roi * s.channels + c + k) * bins + index - roi * bins] = round_to<T>(scale * sum[k]);
   }
 }
 
@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(kRoIThreads, 1) roi_backward_channels_first(Ro
     A grad[kPlanarChannels];
 #pragma unroll
     for (int k = 0; k < kPlanarChannels; ++k)
-      grad[k] = k < count ? widen(args.grad_output[(roi * s.channels + c + k) * bins + index - roi * bins]) : A(0);
+      grad[k] = k < count ? to_accum(args.grad_output[(roi * s.channels + c + k) * bins + index - roi * bins]) : A(0);
     for_each_sample(s, bin, [&](const Sample<A>& at) {
       A dot[4] = {};
 #pragma unroll
@@ -275,19 +275,19 @@ __global__ void __launch_bounds__(kRoIThreads, 1) roi_backward_channels_first(Ro
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int64_t pixel = start + k * pixels + at.pixel[i];
-          dot[i] += grad[k] * widen(args.input[pixel]);
+          dot[i] += grad[k] * to_accum(args.input[pixel]);
           if (args.grad_input) atomic_add(args.grad_input + pixel, scale * at.weight[i] * grad[k]);
         }
       }
       sums.add(at, dot);
     });
   }
-  DCN_SHARED(A, shares, [kRoIWarps][3][32]);
-  shares[warp][0][lane] = sums.y, shares[warp][1][lane] = sums.x, shares[warp][2][lane] = sums.value;
+  DCN_SHARED(A, partials, [kRoIWarps][3][32]);
+  partials[warp][0][lane] = sums.y, partials[warp][1][lane] = sums.x, partials[warp][2][lane] = sums.mask;
   __syncthreads();
   if (warp > 0 || !valid) return;
   for (int other = 1; other < kRoIWarps; ++other)
-    sums.y += shares[other][0][lane], sums.x += shares[other][1][lane], sums.value += shares[other][2][lane];
+    sums.y += partials[other][0][lane], sums.x += partials[other][1][lane], sums.mask += partials[other][2][lane];
   store_sampling_gradients(args, bin, sums, index);
 }
 

@@ -138,7 +138,7 @@ inline uint32_t round_to_tf32(float x) {
 // What the tensor cores take of an element: of a float the bits of TF32.
 template <class T>
 float multiplicand(T x) {
-  return widen(x);
+  return to_accum(x);
 }
 template <>
 inline float multiplicand(float x) {

@@ -7,7 +7,7 @@
 //            blocks_for(items, threads)                 blocks of a one-dimensional grid-stride launch
 //            dispatch(type, [&]<class T>(T) { ... })    T: float, double, half_t or bfloat16_t
 //            view(tensor, sizes, strides, offset)       another view of a tensor's memory
-//            as_layout(tensor, channels_last), takes_vectors<T>(tensor, channels)
+//            as_layout(tensor, channels_last), supports_vectors<T>(tensor, channels)
 //            STABLE_TORCH_LIBRARY_IMPL(dcn_plugin, DCN_DISPATCH_KEY, m) { ... }
 //   kernel   __global__, __device__, __launch_bounds__, threadIdx ..., __syncthreads, __syncwarp, __shfl_*_sync,
 //            __ballot_sync, atomicAdd, __ldg, __popc, __ffs      as in CUDA
@@ -16,16 +16,21 @@
 //            DCN_DYNAMIC_SHARED(name);                    dynamic shared memory: unsigned char* name, 128-byte aligned
 //            thread_index(), thread_count()               of a one-dimensional launch, int64: grid-stride loops
 //            Vec<T, N>, load<N>(p), store(p, vec)         N neighbours in one access; p aligned to N * sizeof(T)
-//            Accum<T>, widen(x), narrow<T>(x)             the type that T is computed in, and conversions
+//            Accum<T>, to_accum(x), round_to<T>(x)             the type that T is computed in, and conversions
 //            atomic_add(p, x), atomic_add(p, vec)         results unused, so that they compile to reductions
 //            warp_sum(x, lanes)                           sums over aligned groups of `lanes` neighbouring lanes
 //
 // Shared memory holds garbage at a block's start (the shim fills it with NaN), all threads of a block must meet at the
 // same __syncthreads, and a warp's lanes are ordered only by __syncwarp and the other warp functions.
 #pragma once
+#include <torch/headeronly/util/shim_utils.h>
+
 #include <algorithm>
 #include <cstdint>
+#include <mutex>
+#include <set>
 #include <type_traits>
+#include <utility>
 
 #include "../tensor.h"
 
@@ -65,31 +70,51 @@ inline void check_cuda(cudaError_t status, const char* what) {
   check(status == cudaSuccess, "CUDA error in ", what, ": ", cudaGetErrorString(status));
 }
 
+// The most shared memory that a block of the current device can have, where its kernel asks for it.
+inline int max_shared_bytes() {
+  int device = 0, bytes = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
+  return bytes;
+}
+
+// Allows a kernel all shared memory of the device, once for each kernel and device: if each launch set what it needs, a
+// launch in another thread could find less than it needs. Such kernels have no static shared memory.
+inline void allow_max_shared_bytes(const void* kernel, int device) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  const std::lock_guard lock(mutex);
+  if (allowed.contains({kernel, device})) return;
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, max_shared_bytes()),
+             "cudaFuncSetAttribute");
+  allowed.emplace(kernel, device);
+}
+
 class DeviceScope {
  public:
-  explicit DeviceScope(const Tensor& t) : guard_(t.get_device_index()) {
+  explicit DeviceScope(const Tensor& t) : device_(t.get_device_index()), guard_(device_) {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
   template <class... Params>
   void launch(void (*kernel)(Params...), LaunchShape shape, std::type_identity_t<Params>... args) const {
-    constexpr size_t kPlainLimit = 48 << 10;  // more must be asked for
-    if (shape.shared_bytes > kPlainLimit)
-      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(shape.shared_bytes)),
-                 "cudaFuncSetAttribute");
+    constexpr size_t kDefaultLimit = 48 << 10;
+    if (shape.shared_bytes > kDefaultLimit) allow_max_shared_bytes(reinterpret_cast<const void*>(kernel), device_);
     kernel<<<shape.blocks, shape.threads, shape.shared_bytes, stream_>>>(args...);
     check_cuda(cudaGetLastError(), "a kernel launch");
   }
 
  private:
+  int32_t device_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;
 };
 
 #else
+
+inline int max_shared_bytes() { return 227 << 10; }
 
 class DeviceScope {
  public:
@@ -103,9 +128,9 @@ class DeviceScope {
 
 #endif
 
-constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t kMaxGridY = 65535;
 
-// Enough blocks for one item a thread; a grid-stride loop takes what is past the largest grid.
+// One item a thread; kernels loop in grid strides, for more items than the largest grid has threads.
 inline dim3 blocks_for(int64_t items, int64_t threads) {
   return dim3(static_cast<unsigned>(std::clamp<int64_t>(divide_up(items, threads), 1, INT32_MAX)));
 }
@@ -124,24 +149,28 @@ void dispatch(ScalarType type, const Body& body) {
   }
 }
 
-inline Tensor view(const Tensor& t, const IntList& size, const IntList& stride, int64_t offset = 0) {
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), static_cast<int64_t>(size.size()), size.data(),
-                                                               stride.data(), offset, &handle));
-  return Tensor(handle);
+template <class T>
+constexpr ScalarType scalar_type() {
+  if constexpr (std::is_same_v<T, float>) return ScalarType::Float;
+  if constexpr (std::is_same_v<T, double>) return ScalarType::Double;
+  if constexpr (std::is_same_v<T, half_t>) return ScalarType::Half;
+  return ScalarType::BFloat16;
 }
 
-inline MemoryFormat format_of(bool channels_last) {
-  return channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+inline Tensor view(const Tensor& t, const IntList& size, const IntList& stride, int64_t offset = 0) {
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), static_cast<int64_t>(size.size()), size.data(),
+                                                        stride.data(), offset, &handle));
+  return Tensor(handle);
 }
 
 inline Tensor as_layout(const Tensor& t, bool channels_last) {
   return as(t, t.scalar_type(), format_of(channels_last));
 }
 
-// For 16-byte vectors of T: `channels` neighbours of a tensor's divide into them, and so does its start.
+// Whether a tensor's `channels` neighbours divide into aligned vectors of 16 bytes.
 template <class T>
-bool takes_vectors(const Tensor& t, int64_t channels) {
+bool supports_vectors(const Tensor& t, int64_t channels) {
   return channels % (16 / sizeof(T)) == 0 && reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
 }
 
@@ -153,13 +182,13 @@ DCN_DEVICE int64_t thread_count() { return static_cast<int64_t>(gridDim.x) * blo
 template <class T>
 using Accum = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-DCN_DEVICE float widen(float x) { return x; }
-DCN_DEVICE double widen(double x) { return x; }
-DCN_DEVICE float widen(half_t x) { return __half2float(x); }
-DCN_DEVICE float widen(bfloat16_t x) { return __bfloat162float(x); }
+DCN_DEVICE float to_accum(float x) { return x; }
+DCN_DEVICE double to_accum(double x) { return x; }
+DCN_DEVICE float to_accum(half_t x) { return __half2float(x); }
+DCN_DEVICE float to_accum(bfloat16_t x) { return __bfloat162float(x); }
 
 template <class T>
-DCN_DEVICE T narrow(Accum<T> x) {
+DCN_DEVICE T round_to(Accum<T> x) {
   if constexpr (std::is_same_v<T, half_t>)
     return __float2half_rn(x);
   else if constexpr (std::is_same_v<T, bfloat16_t>)

@@ -10,7 +10,7 @@ class Arena {
  public:
   explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
   template <class T>
-  T* take(int64_t count) {
+  T* allocate(int64_t count) {
     T* p = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
     used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
     return p;

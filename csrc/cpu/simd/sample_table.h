@@ -2,7 +2,7 @@
 #pragma once
 #include <algorithm>
 
-#include "../deform_conv2d.h"
+#include "../deform_conv2d_kernels.h"
 #include "arena.h"
 #include "gemm.h"
 
@@ -19,14 +19,14 @@ struct Tile {
 template <class T>
 struct SampleTable {
   SampleTable(int64_t taps, int64_t rows, bool backward, Arena& arena) : rows(rows) {
-    for (auto& p : pixel) p = arena.take<int32_t>(taps * rows);
-    for (auto& w : weight) w = arena.take<T>(taps * rows);
-    frac_y = arena.take<T>(taps * rows);
-    frac_x = arena.take<T>(taps * rows);
-    mask = arena.take<T>(taps * rows);
-    for (auto& d : dot) d = arena.take<T>(backward ? taps * rows : 0);
-    base_y = arena.take<T>(rows);
-    base_x = arena.take<T>(rows);
+    for (auto& p : pixel) p = arena.allocate<int32_t>(taps * rows);
+    for (auto& w : weight) w = arena.allocate<T>(taps * rows);
+    frac_y = arena.allocate<T>(taps * rows);
+    frac_x = arena.allocate<T>(taps * rows);
+    mask = arena.allocate<T>(taps * rows);
+    for (auto& d : dot) d = arena.allocate<T>(backward ? taps * rows : 0);
+    base_y = arena.allocate<T>(rows);
+    base_x = arena.allocate<T>(rows);
   }
   int64_t rows;
   int32_t* pixel[4];
@@ -151,13 +151,13 @@ static void store_sampling_gradients(const DeformConv2dShape& s, const SampleTab
     T* grad = grad_sampling + tap * 3 * positions;
 #pragma GCC ivdep
     for (int64_t r = 0; r < tile.rows; ++r) {
-      // Its pixels do not matter here, its weights are without the mask.
+      // Only the weights, without the mask, and the fractions are needed here, not the pixels.
       const auto sample = make_sample<T>({0, 0, from.frac_y[start + r]}, {0, 0, from.frac_x[start + r]}, 0);
       const T dot[4] = {from.dot[0][start + r], from.dot[1][start + r], from.dot[2][start + r], from.dot[3][start + r]};
-      grad[r] = from.mask[start + r] * derivative_y(sample, dot);
-      grad[positions + r] = from.mask[start + r] * derivative_x(sample, dot);
-      grad[2 * positions + r] =
-          sample.weight[0] * dot[0] + sample.weight[1] * dot[1] + sample.weight[2] * dot[2] + sample.weight[3] * dot[3];
+      const auto gradient = sampling_gradient(sample, dot, from.mask[start + r]);
+      grad[r] = gradient.y;
+      grad[positions + r] = gradient.x;
+      grad[2 * positions + r] = gradient.mask;
     }
   }
 }

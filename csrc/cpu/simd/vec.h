@@ -95,16 +95,16 @@ static inline void store(Bfloat16* p, Vec<float> v) {
 
 static inline Vec<float> load(const Bfloat16* p, int64_t count) {
   if (count == kLanes<float>) return load(p);
-  Bfloat16 whole[kLanes<float>] = {};
-  for (int64_t i = 0; i < count; ++i) whole[i] = p[i];
-  return load(whole);
+  Bfloat16 lanes[kLanes<float>] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i] = p[i];
+  return load(lanes);
 }
 
 static inline void store(Bfloat16* p, Vec<float> v, int64_t count) {
   if (count == kLanes<float>) return store(p, v);
-  Bfloat16 whole[kLanes<float>];
-  store(whole, v);
-  for (int64_t i = 0; i < count; ++i) p[i] = whole[i];
+  Bfloat16 lanes[kLanes<float>];
+  store(lanes, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
 }
 
 template <class T>

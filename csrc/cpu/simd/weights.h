@@ -1,6 +1,6 @@
 // Between (Co, C / groups, kh, kw) weights and the layouts the products want.
 #pragma once
-#include "../deform_conv2d.h"
+#include "../deform_conv2d_kernels.h"
 #include "vec.h"
 
 namespace dcn::cpu::DCN_ISA {
@@ -64,7 +64,7 @@ static void pack_weight_transposed(const Plan& plan, int64_t index, WeightView<c
 
 // Adds up the image groups' shares of a weight's gradient, in order.
 template <class T>
-static inline T sum_shares(const Plan& plan, const T* packed) {
+static inline T sum_partials(const Plan& plan, const T* packed) {
   T total = T(0);
   for (int64_t g = 0; g < plan.image_groups; ++g) total += packed[g * plan.packed_weight];
   return total;
@@ -75,7 +75,7 @@ static void unpack_grad_weight(const Plan& plan, int64_t index, const T* packed,
   const Slab& slab = plan.slabs[index];
   for_each_weight(plan, slab, grad_weight, [&](T* to, int64_t c, int64_t o) {
     for (int64_t tap = 0; to && tap < plan.shape.taps(); ++tap)
-      to[tap * grad_weight.tap_stride] = sum_shares(plan, packed + packed_index(plan, slab, tap, c, o));
+      to[tap * grad_weight.tap_stride] = sum_partials(plan, packed + packed_index(plan, slab, tap, c, o));
   });
 }
 
@@ -97,7 +97,7 @@ static void unpack_depthwise(const Plan& plan, int64_t index, const T* packed, W
   for (int64_t c = 0; c < slab.width; ++c)
     for (int64_t tap = 0; tap < taps; ++tap)
       weight_at(plan, grad_weight, slab.channel + c, slab.channel + c)[tap * grad_weight.tap_stride] =
-          sum_shares(plan, packed + slab.weights + tap * slab.padded + c);
+          sum_partials(plan, packed + slab.weights + tap * slab.padded + c);
 }
 
 }  // namespace dcn::cpu::DCN_ISA

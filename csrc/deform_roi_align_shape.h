@@ -1,11 +1,9 @@
 // The sizes of a deformable RoI align, built and checked once, and where a RoI's samples lie, for every device.
 #pragma once
 #include <cstdint>
-#include <limits>
 #include <optional>
 
-#include "check.h"
-#include "sampling.h"
+#include "rois.h"
 
 namespace dcn {
 
@@ -22,16 +20,8 @@ struct DeformRoIAlignShape {
 inline DeformRoIAlignShape make_deform_roi_align_shape(Sizes input, Sizes rois, std::optional<Sizes> offset,
                                                        std::optional<Sizes> mask, Sizes output_size,
                                                        double spatial_scale, int64_t sampling_ratio, double gamma) {
-  check_rank(input, 4, "input", "(N, C, H, W)");
-  check_rank(rois, 2, "rois", "(K, 5)");
-  check(rois[1] == 5, "rois must have shape (K, 5), each row (batch index, x1, y1, x2, y2), got ", rois);
-  check(output_size.size() == 2 && output_size[0] > 0 && output_size[1] > 0,
-        "output_size must be two positive integers, got ", output_size);
+  check_roi_sizes(input, rois, output_size, "(N, C, H, W)");
   check(sampling_ratio >= 0, "sampling_ratio must not be negative, got ", sampling_ratio);
-  check(input[1] > 0 && input[2] > 0 && input[3] > 0, "input must have at least one channel and one pixel, got shape ",
-        input);
-  check(input[2] <= std::numeric_limits<int32_t>::max() / input[3],
-        "input's maps must have less than 2^31 pixels, got shape ", input);
   if (offset)
     check_shape(*offset, {rois[0], 2, output_size[0], output_size[1]}, "offset", "(K, 2, output height, output width)");
   if (mask)

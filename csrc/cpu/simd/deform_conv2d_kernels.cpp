@@ -1,4 +1,4 @@
-#include "../deform_conv2d.h"
+#include "../deform_conv2d_kernels.h"
 
 #include <algorithm>
 #include <type_traits>
@@ -17,12 +17,12 @@ template <class T, class Element = T>
 struct Scratch {
   Scratch(const Plan& plan, bool backward, Arena arena) : table(plan.shape.taps(), plan.tile_rows, backward, arena) {
     const int64_t rows = plan.tile_rows, depth = plan.depthwise ? 0 : plan.shape.taps() * plan.max_padded;
-    columns = arena.take<Element>(rows * depth);
-    out = arena.take<T>(rows * plan.out_panels * kLanes<T>);
-    zeros = arena.take<Element>(plan.max_padded);
+    columns = arena.allocate<Element>(rows * depth);
+    out = arena.allocate<T>(rows * plan.out_panels * kLanes<T>);
+    zeros = arena.allocate<Element>(plan.max_padded);
     if (backward) {
-      grad_columns = arena.take<T>(rows * depth);
-      unused = arena.take<T>(plan.max_padded);
+      grad_columns = arena.allocate<T>(rows * depth);
+      unused = arena.allocate<T>(plan.max_padded);
     }
     bytes = arena.used();
     if (!zeros) return;

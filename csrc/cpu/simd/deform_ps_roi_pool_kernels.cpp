@@ -1,4 +1,4 @@
-#include "../deform_ps_roi_pool.h"
+#include "../deform_ps_roi_pool_kernels.h"
 
 #include "arena.h"
 #include "vec.h"
@@ -20,11 +20,11 @@ struct AxisPixels {
 template <class T>
 struct Scratch {
   Scratch(const DeformPSRoIPoolShape& s, Arena arena) {
-    const auto take = [&arena](int64_t size) {
-      return AxisPixels<T>{arena.take<int32_t>(size), arena.take<T>(size), arena.take<T>(size), 0, T(0)};
+    const auto allocate = [&arena](int64_t size) {
+      return AxisPixels<T>{arena.allocate<int32_t>(size), arena.allocate<T>(size), arena.allocate<T>(size), 0, T(0)};
     };
-    y = take(s.height);
-    x = take(s.width);
+    y = allocate(s.height);
+    x = allocate(s.width);
     bytes = arena.used();
   }
   AxisPixels<T> y, x;
@@ -99,7 +99,7 @@ void forward(const PSRoIArgs<T>& args, int64_t index, void* memory) {
   for (int64_t group = 0; group < s.classes; ++group)
     for (int64_t bin = 0; bin < s.bins(); ++bin) {
       const int64_t row = bin / s.out_width, column = bin % s.out_width;
-      const T share = roi.place_bin(group, row, column, at);
+      const T inverse_count = roi.place_bin(group, row, column, at);
       for (int64_t c = group * s.class_channels(); c < (group + 1) * s.class_channels(); ++c) {
         const T* const map = maps + s.map_of(c, row, column) * s.height * s.width;
         T total = T(0);
@@ -109,7 +109,7 @@ void forward(const PSRoIArgs<T>& args, int64_t index, void* memory) {
           for (int32_t j = 0; j < at.x.count; ++j) sum += at.x.weight[j] * line[at.x.pixel[j]];
           total += at.y.weight[i] * sum;
         }
-        args.output[(index * s.output_dim + c) * s.bins() + bin] = share * total;
+        args.output[(index * s.output_dim + c) * s.bins() + bin] = inverse_count * total;
       }
     }
 }
@@ -124,9 +124,9 @@ void backward_input(const PSRoIArgs<T>& args, int64_t first_channel, int64_t cha
     if (roi.image != image) continue;
     for (int64_t bin = 0; bin < s.bins(); ++bin) {
       const int64_t row = bin / s.out_width, column = bin % s.out_width;
-      const T share = roi.place_bin(first_channel / s.class_channels(), row, column, at);
+      const T inverse_count = roi.place_bin(first_channel / s.class_channels(), row, column, at);
       for (int64_t c = first_channel; c < first_channel + channels; ++c) {
-        const T grad = share * args.grad_output[(index * s.output_dim + c) * s.bins() + bin];
+        const T grad = inverse_count * args.grad_output[(index * s.output_dim + c) * s.bins() + bin];
         T* const map = maps + s.map_of(c, row, column) * s.height * s.width;
         for (int32_t i = 0; i < at.y.count; ++i) {
           T* const line = map + at.y.pixel[i] * s.width;
@@ -147,8 +147,8 @@ void backward_offset(const PSRoIArgs<T>& args, int64_t index, void* memory) {
   for (int64_t group = 0; group < s.classes; ++group)
     for (int64_t bin = 0; bin < s.bins(); ++bin) {
       const int64_t row = bin / s.out_width, column = bin % s.out_width;
-      const T share = roi.place_bin(group, row, column, at);
-      if (share == T(0)) continue;  // the RoI's size may be infinite
+      const T inverse_count = roi.place_bin(group, row, column, at);
+      if (inverse_count == T(0)) continue;  // the RoI's size may be infinite
       T total_y = T(0), total_x = T(0);
       for (int64_t c = group * s.class_channels(); c < (group + 1) * s.class_channels(); ++c) {
         const T* const map = maps + s.map_of(c, row, column) * s.height * s.width;
@@ -165,10 +165,10 @@ void backward_offset(const PSRoIArgs<T>& args, int64_t index, void* memory) {
           total_x += grad * at.y.weight[i] * slope;
         }
       }
-      // Several bins may share an offset.
+      // Several bins may inverse_count an offset.
       T* const grad_x = args.grad_offset + (index * s.classes + group) * 2 * s.parts() + s.part_of(row, column);
-      grad_x[0] += share * roi.scale_x * total_x;
-      grad_x[s.parts()] += share * roi.scale_y * total_y;
+      grad_x[0] += inverse_count * roi.scale_x * total_x;
+      grad_x[s.parts()] += inverse_count * roi.scale_y * total_y;
     }
 }
 

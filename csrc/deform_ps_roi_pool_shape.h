@@ -3,11 +3,9 @@
 #pragma once
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <optional>
 
-#include "check.h"
-#include "sampling.h"
+#include "rois.h"
 
 namespace dcn {
 
@@ -40,20 +38,10 @@ inline DeformPSRoIPoolShape make_deform_ps_roi_pool_shape(Sizes input, Sizes roi
                                                           Sizes output_size, Sizes group_size, Sizes part_size,
                                                           int64_t sample_per_part, double spatial_scale,
                                                           double trans_std) {
-  check_rank(input, 4, "input", "(N, output_dim * group_size^2, H, W)");
-  check_rank(rois, 2, "rois", "(K, 5)");
-  check(rois[1] == 5, "rois must have shape (K, 5), each row (batch index, x1, y1, x2, y2), got ", rois);
-  const auto check_grid = [](Sizes size, const char* name) {
-    check(size.size() == 2 && size[0] > 0 && size[1] > 0, name, " must be two positive integers, got ", size);
-  };
-  check_grid(output_size, "output_size");
-  check_grid(group_size, "group_size");
-  check_grid(part_size, "part_size");
+  check_roi_sizes(input, rois, output_size, "(N, output_dim * group_size^2, H, W)");
+  check_positive_pair(group_size, "group_size");
+  check_positive_pair(part_size, "part_size");
   check(sample_per_part > 0, "sample_per_part must be positive, got ", sample_per_part);
-  check(input[1] > 0 && input[2] > 0 && input[3] > 0, "input must have at least one channel and one pixel, got shape ",
-        input);
-  check(input[2] <= std::numeric_limits<int32_t>::max() / input[3],
-        "input's maps must have less than 2^31 pixels, got shape ", input);
   check(input[1] % group_size[0] == 0 && input[1] / group_size[0] % group_size[1] == 0, "input must have output_dim * ",
         group_size[0], " * ", group_size[1], " channels for group_size ", group_size, ", got shape ", input);
   const int64_t output_dim = input[1] / group_size[0] / group_size[1];

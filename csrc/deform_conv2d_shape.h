@@ -1,8 +1,6 @@
 // The sizes of one deformable convolution, built and checked once for every kernel on every device.
 #pragma once
-#include <algorithm>
 #include <cstdint>
-#include <limits>
 #include <optional>
 
 #include "check.h"
@@ -44,10 +42,7 @@ inline DeformConv2dShape make_deform_conv2d_shape(Sizes input, Sizes offset, Siz
   s.stride_h = stride[0], s.stride_w = stride[1];
   s.pad_h = padding[0], s.pad_w = padding[1];
   s.dilation_h = dilation[0], s.dilation_w = dilation[1];
-  check(s.channels > 0 && s.height > 0 && s.width > 0, "input must have at least one channel and one pixel, got shape ",
-        input);
-  check(s.height <= std::numeric_limits<int32_t>::max() / s.width,
-        "input's maps must have less than 2^31 pixels, got shape ", input);
+  check_maps(input);
   check(weight[0] > 0 && weight[1] > 0 && weight[2] > 0 && weight[3] > 0, "weight must not be empty, got shape ",
         weight);
 

@@ -1,4 +1,4 @@
-#include "../deform_roi_align.h"
+#include "../deform_roi_align_kernels.h"
 
 #include <algorithm>
 
@@ -20,9 +20,9 @@ struct AxisWeights {
 template <class T>
 struct Scratch {
   Scratch(const DeformRoIAlignShape& s, Arena arena) {
-    y_storage[0] = arena.take<T>(s.height), y_storage[1] = arena.take<T>(s.height);
-    x_storage[0] = arena.take<T>(s.width), x_storage[1] = arena.take<T>(s.width);
-    bins = arena.take<T>(s.bins() * s.channels);
+    y_storage[0] = arena.allocate<T>(s.height), y_storage[1] = arena.allocate<T>(s.height);
+    x_storage[0] = arena.allocate<T>(s.width), x_storage[1] = arena.allocate<T>(s.width);
+    bins = arena.allocate<T>(s.bins() * s.channels);
     bytes = arena.used();
   }
   T* y_storage[2];

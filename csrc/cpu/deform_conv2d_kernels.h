@@ -1,5 +1,5 @@
 // How the CPU cuts a deformable convolution into work, shared by the driver (cpu/deform_conv2d.cpp) and the kernels
-// (cpu/simd/deform_conv2d.cpp).
+// (cpu/simd/deform_conv2d_kernels.cpp).
 //
 // The column matrix is never whole. Channels are cut into slabs, output positions into tiles; a tile's samples of one
 // slab are gathered into a small buffer that stays in the second-level cache and is multiplied at once.
@@ -11,7 +11,7 @@
 #pragma once
 #include <cstdint>
 
-#include "../deform_conv2d.h"
+#include "../deform_conv2d_shape.h"
 #include "../sampling.h"
 #include "bfloat16.h"
 

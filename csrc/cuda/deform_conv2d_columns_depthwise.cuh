@@ -48,8 +48,9 @@ __global__ void depthwise_output(DepthwiseArgs<T> args) {
     const auto [row, channel] = row_and_channel(i, rows, s.out_channels, args.channels_last);
     const T* const column = args.columns + args.column(row, channel / multiplier, 0);
     Accum<T> sum = 0;
-    for (int tap = 0; tap < taps; ++tap) sum += widen(column[tap * stride]) * widen(args.weight[channel * taps + tap]);
-    *args.out(row, channel) = narrow<T>(sum);
+    for (int tap = 0; tap < taps; ++tap)
+      sum += to_accum(column[tap * stride]) * to_accum(args.weight[channel * taps + tap]);
+    *args.out(row, channel) = round_to<T>(sum);
   }
 }
 
@@ -64,16 +65,16 @@ __global__ void depthwise_grad_columns(DepthwiseArgs<T> args) {
     for (int tap = 0; tap < taps; ++tap) {
       Accum<T> sum = 0;
       for (int64_t out = channel * multiplier; out < (channel + 1) * multiplier; ++out)
-        sum += widen(*args.out(row, out)) * widen(args.weight[out * taps + tap]);
-      column[tap * stride] = narrow<T>(sum);
+        sum += to_accum(*args.out(row, out)) * to_accum(args.weight[out * taps + tap]);
+      column[tap * stride] = round_to<T>(sum);
     }
   }
 }
 
-// shares (parts, Co, taps): each part's rows are added in order, by a thread (channels last, so that neighbours read
+// partials (parts, Co, taps): each part's rows are added in order, by a thread (channels last, so that neighbours read
 // neighbouring channels) or by a warp (channels first: neighbouring positions).
 template <class T>
-__global__ void depthwise_grad_weight(DepthwiseArgs<T> args, Accum<T>* shares, int64_t parts) {
+__global__ void depthwise_grad_weight(DepthwiseArgs<T> args, Accum<T>* partials, int64_t parts) {
   const DeformConv2dShape& s = args.shape;
   const int width = args.channels_last ? 1 : 32, lane = static_cast<int>(threadIdx.x) % width;
   const int64_t rows = args.chunk.rows(), part_rows = divide_up(rows, parts), taps = s.taps();
@@ -82,10 +83,10 @@ __global__ void depthwise_grad_weight(DepthwiseArgs<T> args, Accum<T>* shares, i
     const int64_t end = rows < (part + 1) * part_rows ? rows : (part + 1) * part_rows;
     Accum<T> sum = 0;
     for (int64_t row = part * part_rows + lane; row < end; row += width)
-      sum +=
-          widen(*args.out(row, channel)) * widen(args.columns[args.column(row, channel / s.group_out_channels(), tap)]);
+      sum += to_accum(*args.out(row, channel)) *
+             to_accum(args.columns[args.column(row, channel / s.group_out_channels(), tap)]);
     sum = warp_sum(sum, width);
-    if (lane == 0) shares[(part * s.out_channels + channel) * taps + tap] = sum;
+    if (lane == 0) partials[(part * s.out_channels + channel) * taps + tap] = sum;
   }
 }
 

@@ -1,5 +1,5 @@
 // Work of a deformable position-sensitive RoI pooling on the CPU, shared by the driver (cpu/deform_ps_roi_pool.cpp) and
-// the kernels (cpu/simd/deform_ps_roi_pool.cpp).
+// the kernels (cpu/simd/deform_ps_roi_pool_kernels.cpp).
 //
 // A bin reads each output channel from a map of its own, so channels are planes here. What a class's channels share,
 // the few pixels under a bin's samples and their weights, is found once for all of them.
@@ -8,7 +8,7 @@
 //   backward_offset  one task per RoI
 // No task writes where another does, so nothing is atomic and the result does not depend on the thread count.
 #pragma once
-#include "../deform_ps_roi_pool.h"
+#include "../deform_ps_roi_pool_shape.h"
 
 namespace dcn::cpu {
 

@@ -1,5 +1,5 @@
 // Work of a deformable RoI align on the CPU, shared by the driver (cpu/deform_roi_align.cpp) and the kernels
-// (cpu/simd/deform_roi_align.cpp).
+// (cpu/simd/deform_roi_align_kernels.cpp).
 //
 // A bin's samples form a grid, and so do their bilinear weights: the bin is a sum over few pixels of
 // weight_y[row] * weight_x[column] * map[row, column], each pixel being read once however many samples touch it.
@@ -8,7 +8,7 @@
 //   result
 //             does not depend on the thread count.
 #pragma once
-#include "../deform_roi_align.h"
+#include "../deform_roi_align_shape.h"
 
 namespace dcn::cpu {
 

@@ -1,0 +1,152 @@
+// The fused backward to input, offset and mask. The gradient of the im2col matrix, grad_output * weight, is computed on
+// tensor cores one chunk of K at a time, stays in shared memory, and goes back through the samples in one pass that
+// reads each corner once.
+//
+// A block owns a tile of rows with all channels, so grad_offset and grad_mask are summed in shared memory and written
+// once, without atomics. grad_input is summed by vector reductions in float32.
+//
+// Traffic: grad_output, input, offset and mask are read from device memory once, grad_offset and grad_mask are written
+// once; the weights are read from L2 once for each tile of rows. grad_input takes 4 corners * 4 bytes of reductions for
+// each element of the im2col matrix, 16 * rows * taps * C bytes in L2: by far the largest term.
+#include "deform_conv2d_fused_scatter.cuh"
+
+namespace dcn::cuda {
+
+template <class T, class Tile>
+struct FusedBackwardLayout : SharedLayout {
+  static constexpr int kStride = kChunk<T> + 8;  // of a row of products, padded against bank conflicts
+  __host__ __device__ FusedBackwardLayout(int out_channels, int deform_taps)
+      : grad_output(allocate<T>((out_channels + 63) / 64 * Tile::kRows * 64)),
+        weights(allocate<T>((out_channels + 15) / 16 * 16 * kChunk<T>)),
+        products(allocate<float>(Tile::kRows * kStride)),
+        index(allocate<int32_t>(Tile::kRows)),
+        table(allocate<TableEntry>(deform_taps * Tile::kRows)),
+        dots(allocate<float>(deform_taps * Tile::kRows * 4)) {}
+  int grad_output, weights, products, index, table, dots;
+};
+
+template <class T, class Tile>
+__global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks) fused_backward_kernel(FusedBackwardArgs<T> args) {
+  const FusedSizes& sizes = args.sizes;
+  const int first_row = blockIdx.x * Tile::kRows, groups = static_cast<int>(args.shape.groups);
+  const int deform_taps = static_cast<int>(args.shape.deform_groups) * sizes.taps;
+  DCN_DYNAMIC_SHARED(memory);
+  using Layout = FusedBackwardLayout<T, Tile>;
+  const Layout layout(sizes.group_out_channels, deform_taps);
+  const Panels<T, Tile::kRows> grad_output{shared_array<T>(memory, layout.grad_output)};
+  const Panels<T, 0> weights{shared_array<T>(memory, layout.weights)};  // (output channels, chunk): one panel
+  float* const products = shared_array<float>(memory, layout.products);
+  int32_t* const index = shared_array<int32_t>(memory, layout.index);
+  TableEntry* const table = shared_array<TableEntry>(memory, layout.table);
+  float* const dots = shared_array<float>(memory, layout.dots);
+
+  fill_index<Tile::kRows>(args.shape, sizes.rows, first_row, index);
+  fill_table<Tile::kRows>(args, first_row, 0, deform_taps, table);
+  for (int i = threadIdx.x; i < 4 * deform_taps * Tile::kRows; i += kFusedThreads) dots[i] = 0.f;
+  __syncthreads();
+
+  const int vector = threadIdx.x % kChunkVectors, thread_row = threadIdx.x / kChunkVectors;
+  const int padded_out_channels = (sizes.group_out_channels + 15) / 16 * 16, chunks = sizes.chunks(kChunk<T>);
+  for (int group = 0; group < groups; ++group) {
+    const int first_out = group * sizes.group_out_channels;
+    const T* const group_weights = args.weight + static_cast<int64_t>(first_out) * sizes.group_channels * sizes.taps;
+    const auto load_weights = [&](const DepthCursor<T>& cursor) {
+      for (int out = thread_row; out < padded_out_channels; out += kGatherRows)
+        cp_async(weights.at(out, vector),
+                 group_weights + static_cast<int64_t>(out) * sizes.group_channels * sizes.taps + cursor.depth(),
+                 cursor.valid() && out < sizes.group_out_channels);
+      cp_async_commit();
+    };
+    DepthCursor<T> cursor(sizes, vector);
+    for (int i = vector; i < padded_out_channels / kVector<T>; i += kChunkVectors)
+#pragma unroll
+      for (int row = thread_row; row < Tile::kRows; row += kGatherRows)
+        cp_async(
+            grad_output.at(row, i),
+            args.grad_output + static_cast<int64_t>(index[row]) * args.shape.out_channels + first_out + i * kVector<T>,
+            index[row] >= 0 && i * kVector<T> < sizes.group_out_channels);
+    load_weights(cursor);
+
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      cp_async_wait<0>();
+      __syncthreads();
+      typename Tile::Sum sum = {};
+      for (int depth = 0; depth < padded_out_channels; depth += 16)
+        multiply_step<false, true>(sum, grad_output, weights, Tile::warp_row(), Tile::warp_column(), depth / kVector<T>,
+                                   depth, [] {});
+      for_each_pair(sum, Tile::warp_row(), Tile::warp_column(), [&](int row, int column, float low, float high) {
+        store(products + row * Layout::kStride + column, Vec<float, 2>{{low, high}});
+      });
+      __syncthreads();
+
+      // The next weights arrive while this chunk is scattered.
+      const DepthCursor<T> current = cursor;
+      cursor.advance();
+      if (chunk + 1 < chunks) load_weights(cursor);
+
+      const int channel = group * sizes.group_channels + current.channel(),
+                slab = group * sizes.group_channels + current.slab();
+      const int deform_tap = current.valid() ? channel / sizes.deform_group_channels * sizes.taps + current.tap() : -1;
+      const bool same_entry = current.chunk_has_one_tap() && slab / sizes.deform_group_channels ==
+                                                                 (slab + kChunk<T> - 1) / sizes.deform_group_channels;
+      const T* const map = args.input + channel;
+      float* const grad_map = args.grad_input ? args.grad_input + channel : nullptr;
+#pragma unroll 2
+      for (int row = thread_row; row < Tile::kRows; row += kGatherRows) {
+        const int at = deform_tap < 0 ? -1 : deform_tap * Tile::kRows + row;
+        const TableEntry entry = at < 0 ? no_entry() : table[at];
+        const auto corners = load_corners(entry.pixel, map, sizes.channels);
+        float dot[4] = {};
+        const auto grad = load_eight(products + row * Layout::kStride + vector * kVector<T>);
+        scatter(entry, corners, grad, grad_map, sizes.channels, dot);
+        add_dots(dots, at, same_entry, dot);
+      }
+    }
+    __syncthreads();  // before the next group's grad_output
+  }
+  store_sampling_gradients<Tile::kRows>(args, first_row, deform_taps, dots);
+}
+
+namespace {
+
+// Rows of grad_output x a chunk of K; the first where all output channels of a group fit in shared memory.
+using TallTile = FusedTile<128, 64, 4, 1>;
+using LowTile = FusedTile<64, 64, 2, 2>;
+
+// The rule: calls body(tile) with the tile for the shape; false, and no call, if there is none.
+template <class Body>
+bool choose_tile(const DeformConv2dShape& s, const Body& body) {
+  const int64_t limit = max_shared_bytes();
+  const auto try_tile = [&]<class Tile>(Tile tile, int64_t least_blocks) {
+    const FusedBackwardLayout<half_t, Tile> layout(static_cast<int>(s.group_out_channels()), total_deform_taps(s));
+    if (layout.bytes > limit || divide_up(rows_of(s), Tile::kRows) < least_blocks) return false;
+    body(tile);
+    return true;
+  };
+  return try_tile(TallTile(), kWantedBlocks) || try_tile(LowTile(), 1);
+}
+
+template <class T>
+void launch(const DeviceScope& device, const FusedBackwardArgs<T>& args) {
+  choose_tile(args.shape, [&]<class Tile>(Tile) {
+    const dim3 grid(static_cast<unsigned>(divide_up(args.sizes.rows, Tile::kRows)));
+    const size_t bytes =
+        FusedBackwardLayout<T, Tile>(args.sizes.group_out_channels, total_deform_taps(args.shape)).bytes;
+    device.launch(fused_backward_kernel<T, Tile>, {grid, kFusedThreads, bytes}, args);
+  });
+}
+
+}  // namespace
+
+bool fused_backward_data_supports(const DeformConv2dShape& s, ScalarType type) {
+  return is_16_bit(type) && sizes_supported(s, kVector<half_t>) && choose_tile(s, [](auto) {});
+}
+
+void fused_backward_data(const DeviceScope& device, const ConvTensors& t, const Tensor& grad_output,
+                         const ConvGradients& grad) {
+  dispatch_16_bit(t.type(), [&]<class T>(T) {
+    for_each_launch<T>(device, t, grad_output, grad, [&](const auto& args) { launch(device, args); });
+  });
+}
+
+}  // namespace dcn::cuda
