@@ -12,8 +12,6 @@ namespace dcn {
 
 using Sizes = std::span<const int64_t>;
 
-static constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 inline std::ostream& operator<<(std::ostream& text, Sizes sizes) {
   text << '(';
   for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "") << sizes[i];

@@ -1,9 +1,10 @@
-// The sizes of one deformable convolution, built and checked once for every kernel on every device.
+// The sizes of a deformable convolution, checked once for every kernel on every device.
 #pragma once
 #include <cstdint>
 #include <optional>
 
 #include "check.h"
+#include "inline.h"
 
 namespace dcn {
 
@@ -14,11 +15,11 @@ struct DeformConv2dShape {
   int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   int64_t groups, deform_groups;
 
-  constexpr int64_t taps() const { return kernel_h * kernel_w; }
-  constexpr int64_t positions() const { return out_height * out_width; }  // of one image
-  constexpr int64_t group_channels() const { return channels / groups; }
-  constexpr int64_t group_out_channels() const { return out_channels / groups; }
-  constexpr int64_t deform_group_channels() const { return channels / deform_groups; }
+  DCN_MEMBER int64_t taps() const { return kernel_h * kernel_w; }
+  DCN_MEMBER int64_t positions() const { return out_height * out_width; }  // of one image
+  DCN_MEMBER int64_t group_channels() const { return channels / groups; }
+  DCN_MEMBER int64_t group_out_channels() const { return out_channels / groups; }
+  DCN_MEMBER int64_t deform_group_channels() const { return channels / deform_groups; }
 };
 
 // Throws an error that names the argument and both shapes; mask and bias may be absent.

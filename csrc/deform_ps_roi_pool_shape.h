@@ -1,7 +1,6 @@
-// The sizes of a deformable position-sensitive RoI pooling, built and checked once, and where a RoI's samples lie, for
-// every device.
+// The sizes of a deformable position-sensitive RoI pooling, checked once, and where a RoI's samples fall, for every
+// device.
 #pragma once
-#include <cmath>
 #include <cstdint>
 #include <optional>
 
@@ -12,23 +11,23 @@ namespace dcn {
 struct DeformPSRoIPoolShape {
   int64_t batch, channels, height, width;  // input
   int64_t rois, output_dim, out_height, out_width;
-  int64_t group_height, group_width;  // maps of an output channel, each for its share of the bins
-  int64_t part_height, part_width;    // offsets of a class, each for its share of the bins
+  int64_t group_height, group_width;  // grid of an output channel's maps; each is for some neighbouring bins
+  int64_t part_height, part_width;    // grid of a class's offsets, likewise
   int64_t classes;                    // of offsets, an equal number of output channels each; 1 without offsets
-  int64_t samples;                    // a bin and axis
+  int64_t samples;                    // of a bin, along each axis
   double spatial_scale, trans_std;
 
-  constexpr int64_t bins() const { return out_height * out_width; }
-  constexpr int64_t parts() const { return part_height * part_width; }
-  constexpr int64_t class_channels() const { return output_dim / classes; }
+  DCN_MEMBER int64_t bins() const { return out_height * out_width; }
+  DCN_MEMBER int64_t parts() const { return part_height * part_width; }
+  DCN_MEMBER int64_t class_channels() const { return output_dim / classes; }
 
   // The input channel that holds an output channel for a bin.
-  constexpr int64_t map_of(int64_t channel, int64_t row, int64_t column) const {
+  DCN_MEMBER int64_t map_of(int64_t channel, int64_t row, int64_t column) const {
     const int64_t group_row = row * group_height / out_height, group_column = column * group_width / out_width;
     return (channel * group_height + group_row) * group_width + group_column;
   }
-  // The place of a bin's offset among its class's.
-  constexpr int64_t part_of(int64_t row, int64_t column) const {
+  // The index of a bin's offset among those of its class.
+  DCN_MEMBER int64_t part_of(int64_t row, int64_t column) const {
     return row * part_height / out_height * part_width + column * part_width / out_width;
   }
 };
@@ -61,7 +60,7 @@ inline DeformPSRoIPoolShape make_deform_ps_roi_pool_shape(Sizes input, Sizes roi
 }
 
 // One axis of a RoI on the input map, in pixels: where its first bin starts, how long it and each bin are, and the step
-// between a bin's samples, the first of which lies at the bin's start.
+// between a bin's samples. The first sample is at the bin's start.
 template <class T>
 struct PSRoIAxis {
   T start, length, bin, step;
@@ -71,10 +70,10 @@ struct PSRoIAxis {
 // the map.
 template <class T>
 DCN_INLINE PSRoIAxis<T> ps_roi_axis(T low, T high, T spatial_scale, int64_t bins, int64_t samples) {
-  const T start = std::round(low) * spatial_scale - T(0.5);
-  const T end = (std::round(high) + T(1)) * spatial_scale - T(0.5);
+  const T start = round_of(low) * spatial_scale - T(0.5);
+  const T end = (round_of(high) + T(1)) * spatial_scale - T(0.5);
   T length = end - start;
-  if (length < T(0.1) && std::isfinite(length)) length = T(0.1);
+  if (length < T(0.1) && is_finite(length)) length = T(0.1);
   const T bin = length / T(bins);
   return {start, length, bin, bin / T(samples)};
 }

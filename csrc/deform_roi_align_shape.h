@@ -1,4 +1,4 @@
-// The sizes of a deformable RoI align, built and checked once, and where a RoI's samples lie, for every device.
+// The sizes of a deformable RoI align, checked once, and where a RoI's samples fall, for every device.
 #pragma once
 #include <cstdint>
 #include <optional>
@@ -13,7 +13,7 @@ struct DeformRoIAlignShape {
   int64_t sampling_ratio;
   double spatial_scale, gamma;
 
-  constexpr int64_t bins() const { return out_height * out_width; }
+  DCN_MEMBER int64_t bins() const { return out_height * out_width; }
 };
 
 // Throws an error that names the argument and both shapes; offset and mask may be absent.
@@ -31,22 +31,23 @@ inline DeformRoIAlignShape make_deform_roi_align_shape(Sizes input, Sizes rois, 
 }
 
 // One axis of a RoI on the input map, in pixels: where its first bin starts, how long it and each bin are, and how many
-// samples a bin takes, at the centres of as many equal parts.
+// samples a bin has. They are at the centres of as many equal parts.
 template <class T>
 struct RoIAxis {
   T start, length, bin;
   T samples;
 };
 
-// `low` and `high` are the RoI's edges in image coordinates. An empty or non-finite RoI takes no adaptive samples.
+// `low` and `high` are the RoI's edges in image coordinates. A RoI that is not finite has no samples, and an empty one
+// none where their number is adaptive.
 template <class T>
 DCN_INLINE RoIAxis<T> roi_axis(T low, T high, T spatial_scale, int64_t bins, int64_t sampling_ratio) {
   const T start = low * spatial_scale - T(0.5);
   const T length = (high * spatial_scale - T(0.5)) - start;
-  if (!(length - length == T(0))) return {T(0), T(0), T(0), T(0)};  // infinite or NaN
+  if (!is_finite(length)) return {T(0), T(0), T(0), T(0)};
   const T bin = length / T(bins);
-  T samples = sampling_ratio > 0 ? T(sampling_ratio) : std::ceil(bin);
-  // Above 2^24 a float no longer counts; RoIs that large would be mostly outside of any map.
+  T samples = sampling_ratio > 0 ? T(sampling_ratio) : ceil_of(bin);
+  // Above 2^24 not every integer is a float; RoIs that large are mostly outside of any map.
   if (!(samples > T(0))) samples = T(0);
   if (samples > T(1 << 24)) samples = T(1 << 24);
   return {start, length, bin, samples};
@@ -57,8 +58,8 @@ DCN_INLINE T sample_position(const RoIAxis<T>& axis, int64_t bin, T shift, T ind
   return axis.start + shift + T(bin) * axis.bin + (index + T(0.5)) * axis.bin / axis.samples;
 }
 
-// The first and one past the last sample of a bin that may fall on the map, so that no loop runs over the rest of a
-// huge RoI. Samples just outside may be included.
+// The samples of a bin, [begin, end), that may fall on the map, so that no loop runs over the rest of a huge RoI. A few
+// outside the map may be among them.
 struct SampleRange {
   int64_t begin, end;
 };

@@ -1,15 +1,15 @@
-// The schema of every operator. Kernels are registered beside their implementations, autograd and fake kernels in
+// The schema of every operator. Kernels are registered in the drivers' files, autograd and fake kernels in
 // dcn_plugin/ops.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(dcn_plugin, m) {
-  // `allow_tf32` lets the products of float32 tensors round their operands to TF32; the backward's, which are PyTorch's
-  // own, do so where PyTorch's are allowed to.
+  // `allow_tf32` lets GEMMs of float32 tensors round their operands to TF32. In the backward they are PyTorch's own,
+  // and do so where PyTorch's are allowed to.
   m.def(
       "deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias, Tensor? mask, "
       "int[2] stride, int[2] padding, int[2] dilation, bool allow_tf32=False) -> Tensor");
-  // Gradients that are not needed, and that of an absent mask, come back empty. `deterministic` asks for bitwise
-  // repeatable ones.
+  // Gradients that are not needed, and that of an absent mask, are returned empty. With `deterministic` they are
+  // bitwise repeatable.
   m.def(
       "deform_conv2d_backward(Tensor grad_output, Tensor input, Tensor offset, Tensor weight, Tensor? mask, "
       "int[2] stride, int[2] padding, int[2] dilation, bool need_input, bool need_sampling, bool need_weight, "

@@ -1,14 +1,7 @@
 // Where a sample falls, its weights and its derivatives. The border rules of every kernel, on the host and on the
 // device, are in this file alone.
 #pragma once
-#include <cmath>
-#include <cstdint>
-
-#ifdef __CUDACC__
-#define DCN_INLINE static __host__ __device__ __forceinline__
-#else
-#define DCN_INLINE static inline  // internal linkage: the CPU kernels are compiled once per instruction set
-#endif
+#include "inline.h"
 
 namespace dcn {
 
@@ -28,7 +21,7 @@ template <class T>
 DCN_INLINE AxisSample<T> locate_zero_padded(T position, int32_t size) {
   position = position > T(-1) ? position : T(-2);
   position = position < T(size) ? position : T(-2);
-  const T floor = std::floor(position);
+  const T floor = floor_of(position);
   const int32_t low = static_cast<int32_t>(floor), high = low + 1;
   return {low < 0 ? -1 : low, high < size ? high : -1, position - floor};
 }

@@ -1,4 +1,4 @@
-// What the operators of every device need from the stable ABI's tensors.
+// Helpers for the stable ABI's tensors, for the operators of every device.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -46,7 +46,7 @@ inline void check_floating(const Tensor& t, const char* name) {
         name, " must be float32, float64, float16 or bfloat16, got ", torch::headeronly::toString(type));
 }
 
-// The type kernels compute coordinates and sums in: float for everything but double.
+// The type of coordinates and sums: float for everything but double.
 inline ScalarType compute_type(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
 
 // Whether `t` is channels last and not at the same time contiguous: the layout in which an operator returns its result.

@@ -3,7 +3,7 @@
 
 namespace dcn::cpu {
 
-// A type of storage alone: kernels read it into float vectors and round to nearest even on the way back.
+// For storage alone: kernels load it into float vectors, and round to nearest even when they store.
 struct Bfloat16 {
   uint16_t bits;
 };

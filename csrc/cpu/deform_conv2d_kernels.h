@@ -1,13 +1,12 @@
-// How the CPU cuts a deformable convolution into work, shared by the driver (cpu/deform_conv2d.cpp) and the kernels
+// How a deformable convolution is divided into tasks on the CPU, for the driver (cpu/deform_conv2d.cpp) and the kernels
 // (cpu/simd/deform_conv2d_kernels.cpp).
 //
-// The column matrix is never whole. Channels are cut into slabs, output positions into tiles; a tile's samples of one
-// slab are gathered into a small buffer that stays in the second-level cache and is multiplied at once.
-//   forward   one task per tile: out[tile] = sum over slabs of columns[tile, slab] * weight[slab]
-//   backward  one task per slab and group of images. A slab owns its channels of grad_input and grad_weight outright,
-//   so
-//             no two tasks write to one place, nothing is atomic, and the result does not depend on the thread count.
-// Images are read channels last, so that the gathers and scatters are over whole vectors of neighbouring channels.
+// The im2col matrix is never stored as a whole. Channels are divided into slabs and output positions into tiles; a
+// tile's samples of one slab are gathered into a small buffer, which stays in L2 and is multiplied at once.
+//   forward   a task is a tile: out[tile] = sum over slabs of columns[tile, slab] * weight[slab]
+//   backward  a task is a slab and a group of images, and alone writes to its channels of their grad_input
+// No two tasks write to the same place, so nothing is atomic and results do not depend on the number of threads. Images
+// are channels last, so that gathers and scatters work on vectors of neighbouring channels.
 #pragma once
 #include <cstdint>
 
@@ -20,15 +19,15 @@ namespace dcn::cpu {
 // Neighbouring channels that belong to one group and to one deform group.
 struct Slab {
   int64_t channel, width;  // first input channel, number of channels
-  int64_t padded;          // width in whole vectors; the lanes past it are zero
+  int64_t padded;          // width rounded up to vectors; the lanes past it are zero
   int64_t group, deform_group;
-  int64_t weights;  // where its weights start among the packed ones
+  int64_t weights;  // offset of its weights among the packed ones
 };
 
 struct Plan {
   DeformConv2dShape shape;
   int64_t lanes;   // elements of a vector
-  bool depthwise;  // groups == C == Co: no product of matrices; a slab then holds many groups
+  bool depthwise;  // groups == C == Co: no GEMM; a slab then holds many groups
   // Groups narrower than a vector are merged into one with block-diagonal weights, so that vectors are full.
   int64_t groups, group_channels, group_out_channels;
   int64_t out_panels;  // panels (vectors) that hold group_out_channels
@@ -48,7 +47,7 @@ struct WeightView {
   int64_t out_stride, channel_stride, tap_stride;
 };
 
-// T is what is computed in, Element what maps and weights are stored as.
+// T is the type of arithmetic, Element the type in which maps and weights are stored.
 template <class T, class Element>
 struct ConvForward {
   const Plan& plan;
@@ -70,11 +69,11 @@ struct ConvBackward {
   const T* mask;
   const T* packed_weight;  // by pack_weight_transposed; null if neither grad_input nor grad_sampling is needed
   T* grad_input;           // (N, H, W, C), zero on entry; null with packed_weight
-  T* grad_sampling;  // (slabs, N, 3 * taps, Ho * Wo): each slab's share of d/dy, d/dx, d/dmask; null with the above
-  T* grad_weight;    // (image_groups, packed_weight), zero on entry, or null
+  T* grad_sampling;        // (slabs, N, 3 * taps, Ho * Wo): partial sums of d/dy, d/dx, d/dmask; null with the above
+  T* grad_weight;          // (image_groups, packed_weight), zero on entry, or null
 };
 
-// What of the forward depends on how maps are stored.
+// The functions of the forward, which depend on the type of maps.
 template <class T, class Element>
 struct DeformConv2dForward {
   int64_t (*scratch_bytes)(const Plan&);
@@ -82,7 +81,7 @@ struct DeformConv2dForward {
   void (*forward)(const ConvForward<T, Element>&, int64_t tile, void* scratch);
 };
 
-// One of these for each instruction set.
+// The functions of one instruction set.
 template <class T>
 struct DeformConv2dKernels {
   int64_t lanes, row_block;
@@ -91,7 +90,7 @@ struct DeformConv2dKernels {
   int64_t (*backward_scratch_bytes)(const Plan&);
   void (*pack_weight_transposed)(const Plan&, int64_t slab, WeightView<const T> weight, T* packed);
   void (*backward)(const ConvBackward<T>&, int64_t slab, int64_t image_group, void* scratch);
-  // Adds the image groups up in order.
+  // Adds the partial sums of the image groups, in order.
   void (*unpack_grad_weight)(const Plan&, int64_t slab, const T* packed, WeightView<T> grad_weight);
 };
 

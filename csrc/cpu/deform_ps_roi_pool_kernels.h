@@ -1,18 +1,18 @@
-// Work of a deformable position-sensitive RoI pooling on the CPU, shared by the driver (cpu/deform_ps_roi_pool.cpp) and
-// the kernels (cpu/simd/deform_ps_roi_pool_kernels.cpp).
+// How a deformable position-sensitive RoI pooling is divided into tasks on the CPU, for the driver
+// (cpu/deform_ps_roi_pool.cpp) and the kernels (cpu/simd/deform_ps_roi_pool_kernels.cpp).
 //
-// A bin reads each output channel from a map of its own, so channels are planes here. What a class's channels share,
-// the few pixels under a bin's samples and their weights, is found once for all of them.
-//   forward          one task per RoI
-//   backward_input   one task per image and slab of a class's channels: it owns their maps' gradients
-//   backward_offset  one task per RoI
-// No task writes where another does, so nothing is atomic and the result does not depend on the thread count.
+// A bin reads each output channel from a map of its own, so maps are planes, not channels last. The pixels under a
+// bin's samples and their weights are the same for all channels of a class, and are computed once for them.
+//   forward          a task is a RoI
+//   backward_input   a task is an image and a slab of a class's channels
+//   backward_offset  a task is a RoI
+// No two tasks write to the same place, so nothing is atomic and results do not depend on the number of threads.
 #pragma once
 #include "../deform_ps_roi_pool_shape.h"
 
 namespace dcn::cpu {
 
-constexpr int64_t kPSRoISlabChannels = 8;  // many enough to share the placing of samples, few enough for many tasks
+constexpr int64_t kPSRoISlabChannels = 8;  // enough to amortise placing the samples, few enough for many tasks
 
 template <class T>
 struct PSRoIArgs {
@@ -21,7 +21,7 @@ struct PSRoIArgs {
   const T* rois;    // (K, 5)
   const T* offset;  // (K, 2 * classes, part height, part width), x first, or null
   T* output;        // (K, D, oh, ow)
-  // The backward's. Gradients are zero on entry.
+  // For the backward. Gradients are zero on entry.
   const T* grad_output;
   T* grad_input;
   T* grad_offset;

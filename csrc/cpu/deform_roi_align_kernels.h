@@ -1,18 +1,17 @@
-// Work of a deformable RoI align on the CPU, shared by the driver (cpu/deform_roi_align.cpp) and the kernels
-// (cpu/simd/deform_roi_align_kernels.cpp).
+// How a deformable RoI align is divided into tasks on the CPU, for the driver (cpu/deform_roi_align.cpp) and the
+// kernels (cpu/simd/deform_roi_align_kernels.cpp).
 //
-// A bin's samples form a grid, and so do their bilinear weights: the bin is a sum over few pixels of
-// weight_y[row] * weight_x[column] * map[row, column], each pixel being read once however many samples touch it.
-//   forward   one task per RoI
-//   backward  one task per slab of channels and image. It owns its part of grad_input, so nothing is atomic and the
-//   result
-//             does not depend on the thread count.
+// A bin's samples form a grid, so their bilinear weights are separable: the bin is a sum over few pixels of
+// weight_y[row] * weight_x[column] * map[row, column], in which each pixel is read once however many samples touch it.
+//   forward   a task is a RoI
+//   backward  a task is an image and a slab of channels, and alone writes to its part of grad_input
+// So nothing is atomic and results do not depend on the number of threads.
 #pragma once
 #include "../deform_roi_align_shape.h"
 
 namespace dcn::cpu {
 
-constexpr int64_t kRoISlabChannels = 64;  // the backward's; a multiple of every vector's lanes
+constexpr int64_t kRoISlabChannels = 64;  // in the backward; a multiple of every vector's lanes
 
 template <class T>
 struct RoIForward {
@@ -34,7 +33,7 @@ struct RoIBackward {
   const T* offset;
   const T* mask;
   T* grad_input;     // (N, H, W, C), zero on entry
-  T* grad_sampling;  // (slabs, K, 3, oh * ow): each slab's share of d/d offset x, d/d offset y, d/d mask
+  T* grad_sampling;  // (slabs, K, 3, oh * ow): partial sums of d/d offset x, d/d offset y, d/d mask
 };
 
 template <class T>

@@ -1,11 +1,12 @@
-// Chooses, once a process, among the instruction sets that cpu/simd is compiled for (setup.py names them).
+// Chooses, once per process, among the instruction sets that cpu/simd is compiled for (setup.py lists them).
 #pragma once
 
 namespace dcn::cpu {
 
 enum class Isa { portable, avx2, avx512 };
 
-// The widest set this processor has; the environment variable DCN_PLUGIN_CPU_ISA forces "portable", "avx2" or "avx512".
+// The widest set of this processor, unless the environment variable DCN_PLUGIN_CPU_ISA is "portable", "avx2" or
+// "avx512".
 Isa isa();
 
 }  // namespace dcn::cpu

@@ -19,7 +19,7 @@ inline std::unique_ptr<void, Free> allocate_scratch(int64_t bytes) {
   return memory;
 }
 
-// task(index, scratch) for every index in [0, count), each thread with `bytes` of 64-byte aligned scratch of its own.
+// Calls task(index, scratch) for each index in [0, count). Each thread has `bytes` of scratch, aligned to 64 bytes.
 template <class Task>
 void parallel_tasks(int64_t count, int64_t bytes, const Task& task) {
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {

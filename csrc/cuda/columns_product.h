@@ -1,5 +1,5 @@
-// The three products of the column path (see deform_conv2d_columns.cuh for the columns' layout), through PyTorch's own
-// matrix product, written straight into their outputs.
+// The three GEMMs of the column path (deform_conv2d_columns.cuh has the columns' layout): PyTorch's matrix products,
+// written directly into their outputs.
 #pragma once
 #include <array>
 
@@ -13,10 +13,10 @@ inline void matmul_into(const Tensor& out, const Tensor& a, const Tensor& b) {
                                     torch::stable::detail::from(out)};
   TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher(out.dim() == 2 ? "aten::mm" : "aten::bmm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // gives the handle back
+  torch::stable::detail::to<Tensor>(stack[0]);  // releases the handle
 }
 
-// A batch of matrices in a tensor's memory, as offset and strides.
+// A batch of matrices in a tensor's memory.
 struct Matrices {
   const Tensor& tensor;
   int64_t offset, batch_stride, row_stride, column_stride;
@@ -35,9 +35,9 @@ inline void multiply(int64_t batch, int64_t m, int64_t k, int64_t n, const Matri
   matmul_into(out.of(batch, m, n), a.of(batch, m, k), b.of(batch, k, n));
 }
 
-// The operands of a chunk. Channels last there is a row of each matrix for each row of the chunk, and the batch is the
-// groups; channels first every image has matrices of its own, in which positions are columns, and the batch is the
-// images, or the groups of each image.
+// The operands for a chunk. Channels last, each matrix has a row for each row of the chunk, and the batch is the
+// groups. Channels first, each image has matrices of its own, in which positions are columns, and the batch is the
+// images, or, for each image in turn, its groups.
 struct Operands {
   Operands(const DeformConv2dShape& s, const Chunk& chunk, bool channels_last)
       : depth(s.group_channels() * s.taps()), group_out_channels(s.group_out_channels()) {
@@ -99,12 +99,12 @@ inline void product_grad_columns(const DeformConv2dShape& s, const Chunk& chunk,
   }
 }
 
-// Calls `add` whenever `addend` holds a share of the gradient.
+// Calls `add` each time `addend` holds the gradient of some rows.
 template <class Add>
 void product_grad_weight(const DeformConv2dShape& s, const Chunk& chunk, bool channels_last, const Tensor& grad_output,
                          const Tensor& columns, const Tensor& addend, const Add& add) {
   const Operands o(s, chunk, channels_last);
-  // The images of a batch have one gradient between them.
+  // The gradient is the sum over a batch of images.
   const int64_t images = o.same_weight ? o.batch : 1, batch = o.same_weight ? 1 : o.batch;
   for (int64_t i = 0; i < o.repeats; ++i)
     for (int64_t image = 0; image < images; ++image) {

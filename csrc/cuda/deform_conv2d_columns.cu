@@ -1,4 +1,4 @@
-// The driver of deformable convolution by sampled columns.
+// The drivers of deformable convolution by columns.
 #include "columns_product.h"
 #include "deform_conv2d_columns_depthwise.cuh"
 #include "deform_conv2d_launch.h"
@@ -7,13 +7,13 @@
 namespace dcn::cuda {
 namespace {
 
-// No tensor of the columns' own is larger. The tests make it small.
+// The most memory for columns. The tests make it small.
 #ifndef DCN_CHUNK_BYTES
 #define DCN_CHUNK_BYTES (64 << 20)
 #endif
 constexpr int64_t kChunkBytes = DCN_CHUNK_BYTES;
 
-// A lane takes 16 bytes of channels at once where the columns keep them together.
+// Whether a lane can take 16 bytes of channels at once, which must be neighbours in input and columns.
 template <class T>
 bool samples_vectors(const ConvTensors& t) {
   return (t.shape.group_channels() == 1 || supports_vectors<T>(t.input, t.shape.group_channels())) &&
@@ -54,7 +54,7 @@ void launch_in_order(const DeviceScope& device, const ColumnsArgs<T>& args) {
   device.launch(scatter_in_order<T>, {blocks_for(warps, kWarps), kColumnThreads}, args, static_cast<int>(kBandRows));
 }
 
-// Whole images where one fits, else equal parts of one.
+// Divides the batch: several images a chunk where one image fits, else equal parts of one.
 class Chunks {
  public:
   Chunks(const DeformConv2dShape& s, int64_t element_bytes) : shape_(s) {
@@ -79,7 +79,7 @@ class Chunks {
   int64_t parts_, span_, images_;
 };
 
-// The columns' products: of depthwise convolutions by kernels, else by PyTorch's matrix product.
+// The GEMMs: PyTorch's matrix products, or kernels where groups have one input channel.
 template <class T>
 DepthwiseArgs<T> depthwise_args(const ConvTensors& t, const Chunk& chunk, const Tensor& columns, const Tensor& output) {
   return {t.shape, chunk, t.channels_last, data<T>(columns), data<T>(t.weight), data<T>(output)};
@@ -103,12 +103,12 @@ void multiply_grad_columns(const DeviceScope& device, const ConvTensors& t, cons
                 depthwise_args<T>(t, chunk, columns, grad_output));
 }
 
-// grad_weight, summed over chunks in the kernels' precision. Everything is added in one order.
+// grad_weight, summed over chunks in order, in Accum<T>.
 template <class T>
 class WeightGradient {
  public:
   using A = Accum<T>;
-  static constexpr int64_t kMostParts = 64, kLeastPartRows = 32;  // depthwise: shares of a chunk's rows
+  static constexpr int64_t kMostParts = 64, kLeastPartRows = 32;  // depthwise: parts of a chunk's rows
 
   WeightGradient(const DeviceScope& device, const ConvTensors& t, const std::optional<Tensor>& grad)
       : device_(device),
@@ -176,7 +176,7 @@ void run_backward(const DeviceScope& device, const ConvTensors& t, const Tensor&
   const int64_t image_size = s.channels * s.height * s.width;
   const Chunks chunks(s, sizeof(T));
   const Tensor columns = empty(t.input, {chunks.most_rows() * s.channels * s.taps()}, t.type());
-  // grad_input is summed in the kernels' precision, a chunk's images at a time where that is not its own.
+  // grad_input is summed in Accum<T>: in place, or a chunk's images at a time in a buffer.
   constexpr bool kSameType = std::is_same_v<T, A>;
   const Tensor sums =
       empty(t.input, {grad.input && !kSameType ? chunks.most_images() * image_size : 0}, compute_type(t.type()));

@@ -1,13 +1,12 @@
-// Deformable convolution by sampled columns: the samples of a chunk of output positions are written to a buffer, which
-// the driver multiplies with the weights. The path for every dtype and shape; the fused kernels take what they can.
+// Deformable convolution by columns: im2col of a chunk of output positions into a buffer, which the driver multiplies
+// with the weights. For every dtype and shape that the fused kernels do not support.
 //
 // A chunk is `span` neighbouring positions of each of `images` neighbouring images. Its rows are (image, position), and
-// a row's samples are, in order,
-//   channels last    columns[row][group][tap][channel of the group]       lanes are neighbouring channels
+// the columns have the layout of the input:
+//   channels last    columns[row][group][tap][channel of the group]       lanes for neighbouring channels
 //                    columns[row][tap][channel] if each group has one
-//   channels first   columns[image][channel][tap][position]               lanes are neighbouring positions
-// so that reads, writes and the product's output are all in the input's own layout. The backward reads the columns'
-// gradients there and leaves the samples in their place, for grad_weight.
+//   channels first   columns[image][channel][tap][position]               lanes for neighbouring positions
+// The backward reads the columns' gradients from the buffer and replaces them by the samples, for grad_weight.
 #pragma once
 #include "deform_conv2d_tap.cuh"
 
@@ -26,14 +25,14 @@ struct ColumnsArgs {
   const T* input;
   Planes<const T> offset, mask;
   T* columns;
-  // The backward's. Each may be null.
+  // For the backward. Each may be null.
   A* grad_input;  // of the chunk's images; zero before the first chunk
   Planes<T> grad_offset, grad_mask;
   bool keep_samples;  // in columns
 };
 
-// A block takes kTileRows rows and kTileDeformTaps deform_taps (a deform_tap is a tap of a deform group). Blocks are
-// numbered with deform_taps fastest, so that blocks that share rows of the map run together.
+// Channels last, a block takes kTileRows rows and kTileDeformTaps deform taps (deform_conv2d_tap.cuh). Deform taps are
+// the inner order of blocks, so that blocks that read the same rows of the map run together.
 constexpr int kTileRows = 32, kTileDeformTaps = 8, kColumnThreads = kTileRows * kTileDeformTaps;
 
 struct RowPosition {
@@ -47,7 +46,7 @@ DCN_DEVICE RowPosition position_of(const Chunk& chunk, int64_t row) {
 
 // ---- Channels last
 
-// The tile's table of taps, one entry a thread. An entry past the chunk's rows or deform_taps has a row of -1.
+// The tile's table of samples, one entry for each thread; -1 as row where it is past the chunk's rows or deform taps.
 template <class T>
 struct Entry : Tap<Accum<T>> {
   int64_t row;
@@ -67,7 +66,7 @@ DCN_DEVICE Entry<T> make_entry(const ColumnsArgs<T>& args, int64_t tile, int def
   return entry;
 }
 
-// Samples V neighbouring channels: sum of weights * pixels.
+// The sample of V neighbouring channels, without the mask.
 template <int V, class T>
 DCN_DEVICE Vec<Accum<T>, V> sample(const Tap<Accum<T>>& tap, const T* map, int64_t channels) {
   Vec<Accum<T>, V> sum = {};
@@ -89,7 +88,7 @@ DCN_DEVICE void store_scaled(T* to, const Vec<Accum<T>, V>& from, Accum<T> scale
   store(to, out);
 }
 
-// Where the sample of `channel` at `tap` lies in its row.
+// The index in a row of the sample of `channel` at `tap`.
 DCN_DEVICE int64_t column_of(const DeformConv2dShape& s, int channel, int tap) {
   const int group_channels = static_cast<int>(s.group_channels());
   if (group_channels == 1) return tap * s.channels + channel;
@@ -124,8 +123,7 @@ __global__ void __launch_bounds__(kColumnThreads) sample_channels_last(ColumnsAr
   }
 }
 
-// Groups of `lanes` lanes (a power of two) share an entry's channels; the four sums of an entry are all that the lanes
-// have to add up.
+// An entry's channels are divided among `lanes` lanes (a power of two), which have only its four dot products to sum.
 template <class T, int V>
 __global__ void __launch_bounds__(kColumnThreads, 2) scatter_channels_last(ColumnsArgs<T> args, int lanes) {
   using A = Accum<T>;
@@ -180,8 +178,9 @@ __global__ void __launch_bounds__(kColumnThreads, 2) scatter_channels_last(Colum
   }
 }
 
-// grad_input without atomics, bitwise repeatable: a warp owns 32 channels of a band of rows of an image's map, a lane
-// each channel, and adds what falls there in order of taps and positions. All lanes look where samples fall, one each.
+// grad_input without atomics, bitwise repeatable: a warp owns 32 channels, one a lane, of a band of an image's map
+// rows, and adds what falls there in order of taps and positions. The lanes locate samples in parallel, one sample a
+// lane.
 template <class T>
 __global__ void __launch_bounds__(kColumnThreads) scatter_in_order(ColumnsArgs<T> args, int band_rows) {
   using A = Accum<T>;
@@ -190,7 +189,7 @@ __global__ void __launch_bounds__(kColumnThreads) scatter_in_order(ColumnsArgs<T
   const int lane = threadIdx.x % 32;
   const int64_t bands = divide_up(s.height, band_rows), slabs = divide_up(s.channels, 32);
   const int64_t task = thread_index() / 32;
-  if (task >= args.chunk.images * slabs * bands) return;  // whole warps
+  if (task >= args.chunk.images * slabs * bands) return;  // all lanes of the warp together
   const int64_t band = task % bands, slab = task / bands % slabs, image = task / bands / slabs;
   const int channel = static_cast<int>(slab) * 32 + lane, channels = static_cast<int>(s.channels);
   const int first_group = static_cast<int>(slab) * 32 / width,
@@ -233,7 +232,7 @@ __global__ void __launch_bounds__(kColumnThreads) scatter_in_order(ColumnsArgs<T
 
 // ---- Channels first
 
-// Lanes are neighbouring rows of one deform_tap, warps share the deform_tap's channels.
+// A lane takes a row of one deform tap, and a warp some of its channels.
 struct PlanarThread {
   int64_t row;
   int deform_tap;

@@ -1,5 +1,5 @@
-// The column path's three products where every group has one input channel: sums over taps, or rows, of products of
-// neighbours, bound by memory. (A batch of matrix products would have matrices one column wide.)
+// The column path's three GEMMs where every group has one input channel: a batched matrix product would have matrices
+// of one column. These kernels are bound by memory.
 #pragma once
 #include "deform_conv2d_columns.cuh"
 
@@ -14,7 +14,7 @@ struct DepthwiseArgs {
   const T* weight;  // (Co, taps)
   T* output;        // or grad_output
 
-  // Of a chunk's row, of a channel, of a tap.
+  // The index in columns; `row` is the chunk's.
   __device__ int64_t column(int64_t row, int64_t channel, int64_t tap) const {
     if (channels_last) return (row * shape.taps() + tap) * shape.channels + channel;
     const int64_t image = row / chunk.span;
@@ -33,7 +33,7 @@ struct RowChannel {
   int64_t row, channel;
 };
 
-// Threads are neighbours in memory.
+// Neighbouring items are neighbours in memory.
 DCN_DEVICE RowChannel row_and_channel(int64_t item, int64_t rows, int64_t channels, bool channels_last) {
   const int64_t inner = channels_last ? channels : rows, outer = item / inner;
   return channels_last ? RowChannel{outer, item - outer * inner} : RowChannel{item - outer * inner, outer};
@@ -71,8 +71,8 @@ __global__ void depthwise_grad_columns(DepthwiseArgs<T> args) {
   }
 }
 
-// partials (parts, Co, taps): each part's rows are added in order, by a thread (channels last, so that neighbours read
-// neighbouring channels) or by a warp (channels first: neighbouring positions).
+// partials (parts, Co, taps): the sums over each part's rows, in order, by a thread (channels last: neighbouring
+// threads read neighbouring channels) or by a warp (channels first: its lanes read neighbouring positions).
 template <class T>
 __global__ void depthwise_grad_weight(DepthwiseArgs<T> args, Accum<T>* partials, int64_t parts) {
   const DeformConv2dShape& s = args.shape;

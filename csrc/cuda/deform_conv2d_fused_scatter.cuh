@@ -1,4 +1,4 @@
-// What the fused backward to the data (input, offset and mask) shares between ordinary and depthwise convolutions:
+// For the fused backward to the data (input, offset and mask) of ordinary and depthwise convolutions:
 // col2im, that is the gradient of a column vector goes back through its sample, and the launches over the batch.
 #pragma once
 #include "deform_conv2d_fused_launch.h"

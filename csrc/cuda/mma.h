@@ -1,16 +1,16 @@
-// The matrix instructions of sm_80 and later, each behind one small function, and the tiles in shared memory that they
-// work on. Without nvcc the same functions are computed lane by lane, so that kernels built from them run on the host.
+// The matrix instructions of sm_80 and later, each in one small function, and the tiles in shared memory that they
+// read. Without nvcc these functions are computed lane by lane, so that the kernels run on the host.
 #pragma once
 #include "runtime.h"
 
 namespace dcn::cuda {
 
-// ---- Copies from global to shared memory that do not pass through registers
+// ---- Asynchronous copies from global to shared memory
 
 #ifdef __CUDACC__
 
-// Copies 16 bytes, or writes zeros and reads nothing. Done after cp_async_wait in this thread, seen by others after a
-// barrier.
+// Copies 16 bytes, or writes zeros and reads nothing. The data are there after cp_async_wait, for other threads after a
+// barrier too.
 DCN_DEVICE void cp_async(void* shared, const void* global, bool valid) {
   asm volatile(
       "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
@@ -28,8 +28,8 @@ DCN_DEVICE void cp_async_wait() {
 
 #else
 
-// A copy happens as late as it may, in the wait, so that a missing wait shows. The list of them is no memory of the
-// kernel's, and is kept from the checkers' eyes.
+// Copies are done as late as possible, in the wait, so that a missing wait shows. The list of pending copies is not the
+// kernel's memory, so the race checker must not watch it.
 #define DCN_UNWATCHED inline __attribute__((noinline, no_sanitize("thread")))
 struct PendingCopies {
   struct {
@@ -68,7 +68,7 @@ __attribute__((noinline, no_sanitize("thread"))) void cp_async_wait() {
 
 #endif
 
-// ---- Fragments: a warp's share of a matrix in registers, two 16-bit elements or one of 32 bits in each
+// ---- Fragments: a matrix spread over the registers of a warp, two 16-bit elements or one 32-bit element in each
 
 template <class T>
 DCN_DEVICE uint32_t pack(float low, float high) {
@@ -104,8 +104,8 @@ DCN_DEVICE Vec<uint32_t, 4> load_matrices(const void* row) {
   return r;
 }
 
-// d (16 x 8) += a * b, all spread over the warp: 16 of the depth for 16-bit elements, 8 for TF32 ones, which float's
-// are taken for.
+// d (16 x 8) += a (16 x k) * b (k x 8), all spread over the warp; k is 16 for half and bfloat16, 8 for float, whose
+// bits are read as TF32.
 template <class T>
 DCN_DEVICE void multiply_add(float (&d)[4], const Vec<uint32_t, 4>& a, uint32_t b0, uint32_t b1) {
 #define DCN_MMA(SHAPE, TYPE)                                                          \
@@ -135,7 +135,7 @@ inline uint32_t round_to_tf32(float x) {
   return std::isfinite(x) ? (bits + 0x1000) & ~0x1fffu : bits;
 }
 
-// What the tensor cores take of an element: of a float the bits of TF32.
+// An element as the tensor cores read it: a float loses the bits that TF32 does not have.
 template <class T>
 float multiplicand(T x) {
   return to_accum(x);
@@ -186,31 +186,31 @@ void multiply_add(float (&d)[4], const Vec<uint32_t, 4>& a, uint32_t b0, uint32_
 
 // ---- Tiles
 
-// A matrix in shared memory, in panels whose rows are 128 bytes. The 16-byte vectors of a row are permuted by the row's
-// number so that eight rows' vectors of one column lie in different banks (the 128-byte swizzle of Hopper's matrix
-// descriptors).
+// A matrix in shared memory, in panels with rows of 128 bytes. The 16-byte vectors of a row are permuted by the row's
+// index so that the vectors of one column in eight neighbouring rows are in different banks: the 128-byte swizzle of
+// Hopper's matrix descriptors.
 template <class T, int rows>
 struct Panels {
   static constexpr int kVectors = 8, kElements = 16 / sizeof(T);  // vectors of a panel's row, elements of a vector
   T* data;
 
-  // `vector` counts through all panels.
+  // `vector` is the index of a row's vector over all panels.
   __device__ T* at(int row, int vector) const {
     return data + (vector / kVectors * rows + row) * (kVectors * kElements) + (vector % kVectors ^ row % 8) * kElements;
   }
 };
 
-// A warp's product: (16 * kM) x (16 * kN) in float32.
+// A warp's tile of the product: (16 * kM) x (16 * kN) in float32.
 template <int kM, int kN>
 struct Accumulator {
   float at[kM][2 * kN][4];
 };
 
-// sum += a * b over two vectors' elements of the depth, where a warp's part begins at row `m` of a and column `n` of b.
-// A tile that is stored with the depth along its columns is read as it is, and its `depth` counts vectors; one stored
-// with the depth along its rows is transposed on the way, and its `depth` counts rows. The elements of a are rounded
-// to T; b's TF32 ones are rounded here. `halfway` is called after half of the columns: other work for the warp while
-// the tensor cores are busy. The place for another matrix instruction: the tiles' layout is wgmma's.
+// sum += a * b over two vectors of K, for the warp's tile that begins at row `m` of a and column `n` of b. An operand
+// with K along its columns is read as it is, and its `depth` counts vectors; one with K along its rows is transposed by
+// the load, and its `depth` counts rows. For TF32, a must be rounded already; b is rounded here. `halfway` is called
+// after half of the columns: other work for the warp while the tensor cores are busy. The tiles have wgmma's layout
+// too.
 template <bool a_depth_in_rows, bool b_depth_in_rows, int kM, int kN, class T, int a_rows, int b_rows, class Halfway>
 DCN_DEVICE void multiply_step(Accumulator<kM, kN>& sum, const Panels<T, a_rows>& a, const Panels<T, b_rows>& b, int m,
                               int n, int depth_a, int depth_b, Halfway halfway) {
@@ -242,7 +242,7 @@ DCN_DEVICE void multiply_step(Accumulator<kM, kN>& sum, const Panels<T, a_rows>&
   }
 }
 
-// Calls visit(row, column, two neighbours of a row) for the lane's share of a warp's product.
+// Calls visit(row, column, two neighbours in the row) for the elements of a warp's tile that the lane holds.
 template <int kM, int kN, class Visit>
 DCN_DEVICE void for_each_pair(const Accumulator<kM, kN>& sum, int m, int n, Visit visit) {
   const int lane = threadIdx.x % 32;

@@ -1,8 +1,8 @@
-// What every kernel and driver under csrc/cuda needs of CUDA. Two compilers read these sources: nvcc, and the host's
-// C++ compiler with the test-suite's shim (tests/cuda_host/cuda_host.h), which runs the same kernels without a GPU.
-// Where the two differ, the difference is in this file, or behind a small function that the shim computes (inline PTX).
+// What the kernels and drivers in csrc/cuda use of CUDA. Two compilers compile these sources: nvcc, and the host's C++
+// compiler with the shim of the tests (tests/cuda_host/cuda_host.h), which runs the same kernels without a GPU. Only
+// this file and mma.h (inline PTX) distinguish between the two.
 //
-//   driver   const DeviceScope device(input);           guards input's device and holds its current stream
+//   driver   const DeviceScope device(input);           makes input's device current; launches on its current stream
 //            device.launch(kernel, {blocks, threads, shared_bytes}, args...);       in place of <<<>>>
 //            blocks_for(items, threads)                 blocks of a one-dimensional grid-stride launch
 //            dispatch(type, [&]<class T>(T) { ... })    T: float, double, half_t or bfloat16_t
@@ -16,12 +16,12 @@
 //            DCN_DYNAMIC_SHARED(name);                    dynamic shared memory: unsigned char* name, 128-byte aligned
 //            thread_index(), thread_count()               of a one-dimensional launch, int64: grid-stride loops
 //            Vec<T, N>, load<N>(p), store(p, vec)         N neighbours in one access; p aligned to N * sizeof(T)
-//            Accum<T>, to_accum(x), round_to<T>(x)             the type that T is computed in, and conversions
-//            atomic_add(p, x), atomic_add(p, vec)         results unused, so that they compile to reductions
+//            Accum<T>, to_accum(x), round_to<T>(x)        the type of arithmetic for T, and conversions
+//            atomic_add(p, x), atomic_add(p, vec)         without a result, so that they compile to reductions
 //            warp_sum(x, lanes)                           sums over aligned groups of `lanes` neighbouring lanes
 //
-// Shared memory holds garbage at a block's start (the shim fills it with NaN), all threads of a block must meet at the
-// same __syncthreads, and a warp's lanes are ordered only by __syncwarp and the other warp functions.
+// The shim also checks what CUDA leaves undefined: shared memory is NaN at a block's start, all threads of a block must
+// reach the same __syncthreads, and lanes of a warp are ordered only by __syncwarp and the other warp functions.
 #pragma once
 #include <torch/headeronly/util/shim_utils.h>
 
@@ -32,6 +32,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "../inline.h"
 #include "../tensor.h"
 
 #ifdef __CUDACC__
@@ -243,7 +244,7 @@ DCN_DEVICE void atomic_add(T* p, const Vec<T, N>& v) {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-// `lanes` is a power of two; every lane of the group gets the sum. All 32 lanes must call.
+// The sum over each group of `lanes` (a power of two) neighbouring lanes, in all of them. All 32 lanes must call.
 template <class T>
 DCN_DEVICE T warp_sum(T x, int lanes = 32) {
   for (int distance = lanes / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kFullWarp, x, distance);

@@ -63,7 +63,8 @@ def deform_ps_roi_pool(
     Raises:
         ValueError: output_size, group_size or part_size is not one or two integers.
         RuntimeError: shapes, dtypes or devices that do not fit together (the message names the argument and both
-            shapes), or a batch index out of range.
+            shapes), or, on the CPU, a batch index out of range. On CUDA, where looking would stall the stream, such a
+            RoI gives zeros.
     """
     output_size = pair(output_size, "output_size")
     group_size = output_size if group_size is None else pair(group_size, "group_size")

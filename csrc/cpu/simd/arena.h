@@ -5,7 +5,7 @@
 
 namespace dcn::cpu::DCN_ISA {
 
-// Cuts a task's scratch memory into arrays aligned to vectors; with a null base it only measures.
+// Divides a task's scratch memory into arrays aligned to vectors; with a null base it only measures.
 class Arena {
  public:
   explicit Arena(void* base) : base_(static_cast<char*>(base)) {}

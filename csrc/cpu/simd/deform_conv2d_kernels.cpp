@@ -1,6 +1,5 @@
 #include "../deform_conv2d_kernels.h"
 
-#include <algorithm>
 #include <type_traits>
 
 #include "arena.h"
@@ -12,7 +11,7 @@ namespace dcn::cpu {
 namespace DCN_ISA {
 namespace {
 
-// Buffers of a task; columns are stored as the maps are.
+// Buffers of a task. Columns have the maps' type.
 template <class T, class Element = T>
 struct Scratch {
   Scratch(const Plan& plan, bool backward, Arena arena) : table(plan.shape.taps(), plan.tile_rows, backward, arena) {
@@ -26,15 +25,15 @@ struct Scratch {
     }
     bytes = arena.used();
     if (!zeros) return;
-    std::fill_n(zeros, plan.max_padded, Element{});
-    if (backward) std::fill_n(unused, plan.max_padded, T(0));
+    for (int64_t c = 0; c < plan.max_padded; ++c) zeros[c] = Element{};
+    for (int64_t c = 0; backward && c < plan.max_padded; ++c) unused[c] = T(0);
   }
   SampleTable<T> table;
   Element* columns;           // blocks: rows x (taps * padded channels of a slab)
   T* out;                     // blocks: rows x output channels of a group (depthwise: a slab), or their gradient
-  Element* zeros;             // what the map holds outside its borders
+  Element* zeros;             // a pixel outside the map
   T* grad_columns = nullptr;  // as columns
-  T* unused = nullptr;        // where gradients of pixels outside the borders go
+  T* unused = nullptr;        // the gradient of a pixel outside the map
   int64_t bytes;
 };
 
@@ -49,10 +48,10 @@ int64_t backward_scratch_bytes(const Plan& plan) {
 }
 
 Tile tile_of(const Plan& plan, int64_t image, int64_t first) {
-  return {image, first, std::min(plan.tile_rows, plan.shape.positions() - first)};
+  return {image, first, lesser(plan.tile_rows, plan.shape.positions() - first)};
 }
 
-// A slab's first channel on an image of the input or of its gradient.
+// The index of a slab's first channel in an image of the input or of its gradient.
 int64_t map_start(const DeformConv2dShape& s, int64_t image, const Slab& slab) {
   return image * s.height * s.width * s.channels + slab.channel;
 }
@@ -69,7 +68,7 @@ void store_output(const ConvForward<T, Element>& args, Tile tile, int64_t first_
     for (int64_t block = 0; block < tile.blocks(); ++block) {
       const T* from = out.panel(block, v);
       const int64_t position = tile.first + block * kRowBlock;
-      const int64_t rows = std::min<int64_t>(kRowBlock, tile.first + tile.rows - position);
+      const int64_t rows = lesser(kRowBlock, tile.first + tile.rows - position);
       if (args.channels_last) {
         Element* to = args.output + (tile.image * positions + position) * out_channels + channel;
         for (int64_t r = 0; r < rows; ++r) store(to + r * out_channels, load(from + r * L) + bias, count);
@@ -98,8 +97,8 @@ void load_grad_output(const ConvBackward<T>& args, Tile tile, int64_t first_chan
   });
 }
 
-// Where the vector of channel 0 lies in a matrix of blocks that has `panels` panels for each of the columns' taps;
-// channel c, a multiple of lanes, follows at + c * kRowBlock.
+// Pointer to the vector of channel 0 in a matrix of blocks with `panels` panels for each tap; the vector of channel c,
+// a multiple of lanes, is c * kRowBlock further on.
 template <class T, class Element>
 Element* at_sample(Element* blocks, int64_t row, int64_t tap, int64_t taps, int64_t panels) {
   return blocks + ((row / kRowBlock * taps + tap) * panels * kRowBlock + row % kRowBlock) * kLanes<T>;
@@ -130,7 +129,7 @@ void forward_slab(const ConvForward<T, Element>& args, Tile tile, int64_t index,
                     {scratch.out, plan.out_panels});
 }
 
-// One weight a tap and channel: multiplied while gathering, without columns.
+// One weight for each tap and channel: samples are multiplied while they are gathered, without columns.
 template <class T>
 void forward_depthwise_slab(const ConvForward<T, T>& args, Tile tile, int64_t index, const Scratch<T>& scratch) {
   const Slab& slab = args.plan.slabs[index];

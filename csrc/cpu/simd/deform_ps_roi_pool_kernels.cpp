@@ -7,14 +7,14 @@ namespace dcn::cpu {
 namespace DCN_ISA {
 namespace {
 
-// One axis of a bin's samples, added up per pixel. Pixels between samples that lie far apart are not among them.
+// The weights of a bin's samples along one axis, summed for each pixel that they touch.
 template <class T>
 struct AxisPixels {
   int32_t* pixel;  // ascending
   T* weight;
   T* slope;  // its derivative with respect to a common shift of the samples
   int32_t count;
-  T samples;  // those that count
+  T samples;  // how many are on the map
 };
 
 template <class T>
@@ -41,7 +41,7 @@ void place(const PSRoIAxis<T>& axis, int64_t bin, T shift, int64_t samples, int6
   to.count = 0;
   to.samples = T(0);
   const auto add = [&to](int32_t pixel, T weight, T slope) {
-    // Samples come in ascending order: a pixel seen before is the last one or the one before it.
+    // Samples are in ascending order: a pixel that is in the list is the last one or the one before it.
     int32_t i = to.count - 1;
     if (i > 0 && to.pixel[i] > pixel) --i;
     if (i < 0 || to.pixel[i] != pixel) {
@@ -73,7 +73,7 @@ struct RoI {
         scale_x(T(shape.trans_std) * x.length),
         offset(args.offset ? args.offset + index * 2 * shape.classes * shape.parts() : nullptr) {}
 
-  // Places the samples of a class's bin; returns one over the number of those that count, or 0.
+  // Places the samples of a class's bin. Returns one over the number of those on the map, or 0.
   T place_bin(int64_t group, int64_t row, int64_t column, Scratch<T>& to) const {
     const T* const own = offset ? offset + 2 * group * shape.parts() + shape.part_of(row, column) : nullptr;
     place(y, row, own ? scale_y * own[shape.parts()] : T(0), shape.samples, shape.height, to.y);

@@ -1,7 +1,5 @@
 #include "../deform_roi_align_kernels.h"
 
-#include <algorithm>
-
 #include "arena.h"
 #include "vec.h"
 
@@ -9,10 +7,10 @@ namespace dcn::cpu {
 namespace DCN_ISA {
 namespace {
 
-// One axis of a bin's samples, added up per pixel of that axis.
+// The weights of a bin's samples along one axis, summed for each pixel of the axis.
 template <class T>
 struct AxisWeights {
-  T* weight;  // by pixel; valid in [begin, end)
+  T* weight;  // of each pixel in [begin, end)
   T* slope;   // its derivative with respect to a common shift of the samples
   int32_t begin, end;
 };
@@ -41,7 +39,7 @@ AxisWeights<T> weigh(const RoIAxis<T>& axis, int64_t bin, T shift, int32_t size,
   AxisWeights<T> w{storage[0], storage[1], 0, 0};
   const SampleRange range = samples_near_map(axis, bin, shift, size);
   const auto add = [&](int32_t pixel, T weight, T slope) {
-    // Samples come in order, up or down: the range of pixels grows at one end at a time.
+    // Samples are in ascending or descending order, so the range of pixels grows at one end.
     if (w.begin == w.end) w.begin = w.end = pixel;
     for (; w.end <= pixel; ++w.end) w.weight[w.end] = w.slope[w.end] = T(0);
     for (; w.begin > pixel; --w.begin) w.weight[w.begin - 1] = w.slope[w.begin - 1] = T(0);
@@ -57,7 +55,7 @@ AxisWeights<T> weigh(const RoIAxis<T>& axis, int64_t bin, T shift, int32_t size,
   return w;
 }
 
-// A RoI on the map and what its bins are scaled by.
+// A RoI on the map, with its offsets and mask.
 template <class T>
 struct RoI {
   RoI(const DeformRoIAlignShape& s, const T* roi, const T* offset, const T* mask, int64_t index)
@@ -66,7 +64,7 @@ struct RoI {
         x(roi_axis(roi[1], roi[3], T(s.spatial_scale), s.out_width, s.sampling_ratio)),
         scale_y(T(s.gamma) * y.length),
         scale_x(T(s.gamma) * x.length),
-        inverse_count(T(1) / std::max(y.samples * x.samples, T(1))),
+        inverse_count(T(1) / (y.samples * x.samples > T(1) ? y.samples * x.samples : T(1))),
         offset_x(offset ? offset + index * 2 * s.bins() : nullptr),
         offset_y(offset ? offset_x + s.bins() : nullptr),
         mask(mask ? mask + index * s.bins() : nullptr) {}
@@ -136,7 +134,7 @@ void backward(const RoIBackward<T>& args, int64_t slab, int64_t image, void* mem
   constexpr int L = kLanes<T>;
   const DeformRoIAlignShape& s = args.shape;
   const Scratch<T> scratch(s, Arena(memory));
-  const int64_t channel = slab * kRoISlabChannels, width = std::min(kRoISlabChannels, s.channels - channel);
+  const int64_t channel = slab * kRoISlabChannels, width = lesser(kRoISlabChannels, s.channels - channel);
   const int64_t map_start = image * s.height * s.width * s.channels + channel;
   for (int64_t index = 0; index < s.rois; ++index) {
     const RoI<T> roi(s, args.rois + index * 5, args.offset, args.mask, index);

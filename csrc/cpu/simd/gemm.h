@@ -1,24 +1,22 @@
-// Matrix products on the layouts in which the convolution's tiles are made, so that nothing is ever packed a second
-// time.
+// GEMM on the layouts in which the convolution produces its tiles, so that operands are not packed again.
 //
-// Panels: a matrix of R rows is stored as panels of `lanes` neighbouring columns, each R vectors long; element (r, n)
-// lies at (n / lanes) * R * lanes + r * lanes + n % lanes. Packed weights are stored so.
+// Panels: a matrix of R rows is stored as panels of `lanes` neighbouring columns, each R vectors long; the index of
+// element (r, n) is (n / lanes) * R * lanes + r * lanes + n % lanes. This is the layout of packed weights.
 //
-// Blocks: a matrix stored as blocks of kRowBlock neighbouring rows, each in panels. Tiles of columns, their gradients
-// and outputs are stored so: a block of 12 rows and 576 columns fits in the first-level cache, and its addresses are
-// near each other, which panels thousands of bytes long would not be (they would meet in few cache sets and many
-// pages).
+// Blocks: a matrix is stored as blocks of kRowBlock neighbouring rows, each in panels. This is the layout of im2col
+// tiles, their gradients and outputs: a block of 12 rows and 576 columns fits in L1 and is contiguous, while panels of
+// all rows would spread it over few cache sets and many pages.
 #pragma once
 #include "vec.h"
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
-#define DCN_BFLOAT16_PRODUCT 1  // compiled; whether the processor has it is asked at run time
+#define DCN_BFLOAT16_PRODUCT 1  // compiled in; used where the processor has it
 #endif
 
 namespace dcn::cpu::DCN_ISA {
 
-// Rows of one register block: kRowBlock x 2 accumulators, two vectors of B and one broadcast fill the register file.
+// Rows of a register block: kRowBlock x 2 accumulators, two vectors of B and one broadcast fill the registers.
 constexpr int kRowBlock = kVectorRegisters == 32 ? 12 : 6;
 
 template <class T>
@@ -31,7 +29,7 @@ struct Panels {
 template <class T>
 struct Blocks {
   T* data;
-  int64_t panels;  // columns in whole vectors
+  int64_t panels;  // columns / lanes, rounded up
   T* block(int64_t index) const { return data + index * panels * kRowBlock * kLanes<T>; }
   T* panel(int64_t block_index, int64_t index) const { return block(block_index) + index * kRowBlock * kLanes<T>; }
 };
@@ -64,8 +62,8 @@ static inline void multiply_block(const T* a, const T* b, int64_t b_panel, T* c,
 }
 
 #if DCN_BFLOAT16_PRODUCT
-// The same in bfloat16 with float sums, two rows of B at a time: B holds them interleaved, (b[k, n], b[k + 1, n]) for
-// each column n, and A's neighbouring columns are broadcast together.
+// The same in bfloat16 with float sums, two rows of B at a time: B stores them interleaved, (b[k, n], b[k + 1, n]) for
+// each column n, and pairs of A's neighbouring columns are broadcast.
 template <class T, int Columns>
 __attribute__((target("avx512bf16"))) static inline void multiply_block(const Bfloat16* a, const Bfloat16* b,
                                                                         int64_t b_panel, float* c, int64_t depth,
@@ -100,8 +98,8 @@ __attribute__((target("avx512bf16"))) static inline void multiply_block(const Bf
 }
 #endif
 
-// C (+)= A B over `blocks` blocks of rows. The columns are the outer loop: two panels of B stay in the second-level
-// cache while A streams past them.
+// C (+)= A B over `blocks` blocks of rows. The columns are the outer loop: two panels of B stay in L2 while A is
+// streamed.
 template <class T, class Element>
 static void multiply(Blocks<T> c, Blocks<const Element> a, Panels<const Element> b, int64_t blocks, bool accumulate) {
   const int64_t b_panel = b.rows * kLanes<T>;
@@ -149,7 +147,7 @@ static inline void multiply_transposed_block(const T* a, int64_t a_block, const 
 template <class T>
 static void multiply_transposed(Panels<T> c, Blocks<const T> a, Blocks<const T> b, int64_t blocks) {
   constexpr int L = kLanes<T>;
-  constexpr int R = L < 8 ? L : 8;  // divides a panel, and leaves registers for two columns in every instruction set
+  constexpr int R = L < 8 ? L : 8;  // divides a panel, and leaves registers for two columns
   const int64_t a_block = a.panels * kRowBlock * L, b_block = b.panels * kRowBlock * L, c_panel = c.rows * L;
   for (int64_t n = 0; n < b.panels; n += 2) {
     for (int64_t p = 0; p < a.panels; ++p) {

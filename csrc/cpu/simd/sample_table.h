@@ -1,7 +1,5 @@
-// Where the samples of a tile fall, and moving values between the map and the tile through them.
+// The samples of a tile: where they fall (locate), im2col through them (gather) and col2im (scatter).
 #pragma once
-#include <algorithm>
-
 #include "../deform_conv2d_kernels.h"
 #include "arena.h"
 #include "gemm.h"
@@ -14,8 +12,7 @@ struct Tile {
   int64_t blocks() const { return (rows + kRowBlock - 1) / kRowBlock; }
 };
 
-// The samples of a tile for one deform group: arrays by tap and row. The rows that fill up the last block sample
-// nothing.
+// The samples of a tile for one deform group: arrays (taps, rows). Rows that pad the last block sample nothing.
 template <class T>
 struct SampleTable {
   SampleTable(int64_t taps, int64_t rows, bool backward, Arena& arena) : rows(rows) {
@@ -34,8 +31,8 @@ struct SampleTable {
   T* frac_y;
   T* frac_x;
   T* mask;
-  T* dot[4];  // of the sample's gradient with each pixel's values, over the channels
-  T* base_y;  // by row: the position's top left corner on the input map
+  T* dot[4];  // for sampling_gradient
+  T* base_y;  // (rows): the position's top left corner on the input map
   T* base_x;
 };
 
@@ -57,11 +54,9 @@ static void locate(const DeformConv2dShape& s, const T* offset, const T* mask, i
     const T tap_y = static_cast<T>(tap / s.kernel_w * s.dilation_h);
     const T tap_x = static_cast<T>(tap % s.kernel_w * s.dilation_w);
     const int64_t start = tap * table.rows;
-    const SampleTable<T> to = table;  // a copy: its pointers are then known not to change in the loop
-    if (mask)
-      std::copy_n(mask + (group * taps + tap) * positions + tile.first, tile.rows, table.mask + start);
-    else
-      std::fill_n(table.mask + start, tile.rows, T(1));
+    const SampleTable<T> to = table;  // a local copy, so that the compiler knows its pointers to be constant
+    const T* const from = mask ? mask + (group * taps + tap) * positions + tile.first : nullptr;
+    for (int64_t r = 0; r < tile.rows; ++r) to.mask[start + r] = from ? from[r] : T(1);
 #pragma GCC ivdep
     for (int64_t r = 0; r < tile.rows; ++r) {
       const auto sample = make_sample(locate_zero_padded(to.base_y[r] + tap_y + dy[r], height),
@@ -84,8 +79,8 @@ static void locate(const DeformConv2dShape& s, const T* offset, const T* mask, i
   }
 }
 
-// Calls visit(index in the table, row of the tile, tap) for a tile's samples: block by block, since neighbouring
-// positions with all their taps read the same few pixels and write one block, both in the first-level cache.
+// Calls visit(index in the table, row of the tile, tap) for a tile's samples, block by block: neighbouring positions
+// with all their taps read the same few pixels and write one block, and both stay in L1.
 template <class T, class Visit>
 static inline void for_each_sample(const SampleTable<T>& table, Tile tile, int64_t taps, Visit visit) {
   for (int64_t block = 0; block < tile.blocks(); ++block)
@@ -96,7 +91,7 @@ static inline void for_each_sample(const SampleTable<T>& table, Tile tile, int64
       }
 }
 
-// A sample's pixels, whose first channels are at map + pixel * channels, and their weights.
+// Pointers to a sample's pixels (to `outside` for those outside the map) and their weights.
 template <class T, class Element>
 struct Corners {
   Corners(const SampleTable<T>& table, int64_t i, const Element* map, int64_t channels, const Element* outside) {
@@ -124,8 +119,8 @@ static inline void interpolate(const Corners<T, Element>& from, int64_t channel,
   for (int v = 0; v < Vectors; ++v) store_value(channel + v * L, value[v]);
 }
 
-// mask * bilinear sample, for the `width` channels that start at `map`: target(row, tap) returns a function that takes
-// (channel, vector of values).
+// im2col: mask * bilinear sample of the `width` channels that start at `map`. target(row, tap) returns a function that
+// takes (channel, vector of values).
 template <class T, class Element, class Target>
 static inline void gather(const DeformConv2dShape& s, const SampleTable<T>& table, Tile tile, const Element* map,
                           const Element* outside, int64_t width, Target target) {
@@ -140,13 +135,13 @@ static inline void gather(const DeformConv2dShape& s, const SampleTable<T>& tabl
   });
 }
 
-// From the dots of a tile's samples: arrays (taps, 3, positions) of d/dy, d/dx and d/dmask.
+// Writes arrays (taps, 3, positions) of d/dy, d/dx and d/dmask, from the tile's dots.
 template <class T>
 static void store_sampling_gradients(const DeformConv2dShape& s, const SampleTable<T>& table, Tile tile,
                                      T* grad_sampling) {
   const int64_t positions = s.positions();
   for (int64_t tap = 0; tap < s.taps(); ++tap) {
-    const SampleTable<T> from = table;  // a copy, as in locate
+    const SampleTable<T> from = table;  // a local copy, as in locate
     const int64_t start = tap * table.rows;
     T* grad = grad_sampling + tap * 3 * positions;
 #pragma GCC ivdep
@@ -162,9 +157,9 @@ static void store_sampling_gradients(const DeformConv2dShape& s, const SampleTab
   }
 }
 
-// The way back: source(row, tap) returns a function that takes (channel, vector of the sample's masked values, to save
-// sampling again) and returns the gradient of those values. Adds to grad_map and writes grad_sampling, arrays (taps, 3,
-// positions) of the tile's d/dy, d/dx and d/dmask. Gradients of pixels outside the map go to `unused`.
+// col2im: adds to grad_map, and to `unused` for pixels outside the map, and writes grad_sampling as above.
+// source(row, tap) returns a function that takes (channel, vector of the sample's masked values) and returns the
+// gradient of those values; it gets the values to store them, which saves sampling again.
 template <class T, class Source>
 static inline void scatter(const DeformConv2dShape& s, const SampleTable<T>& table, Tile tile, const T* map,
                            T* grad_map, const T* outside, T* unused, int64_t width, T* grad_sampling, Source source) {
@@ -176,7 +171,7 @@ static inline void scatter(const DeformConv2dShape& s, const SampleTable<T>& tab
     for (int i = 0; i < 4; ++i)
       to[i] = table.pixel[i][index] < 0 ? unused : grad_map + table.pixel[i][index] * s.channels;
     auto gradient = source(row, tap);
-    Vec<T> dots[4] = {};  // of the gradient with each corner's values
+    Vec<T> dots[4] = {};
     for_each_vector<T>(width, [&](int64_t v, int64_t count) {
       Vec<T> corner[4];
 #pragma GCC unroll 4

@@ -1,6 +1,6 @@
-// Vectors of the widest registers the instruction set offers. Everything in cpu/simd is compiled once per instruction
-// set (setup.py lists them) into a namespace of its own, DCN_ISA; it therefore has internal linkage or lives in that
-// namespace, and includes no header whose inline functions the linker could share with code for older processors.
+// Vectors of the instruction set's widest registers. Everything in cpu/simd is compiled once per instruction set
+// (setup.py lists them) into a namespace of its own, DCN_ISA, and calls no external inline function of other code
+// (inline.h).
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -27,7 +27,7 @@ constexpr int kVectorRegisters = 16;
 template <class T>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
 
-// GCC and Clang lower operators on these types to the target's instructions, and fuse a * b + c.
+// GCC and Clang compile operators on these types to vector instructions, and a * b + c to fused multiply-adds.
 template <class T>
 struct VectorOf;
 template <>

@@ -1,11 +1,11 @@
-// Between (Co, C / groups, kh, kw) weights and the layouts the products want.
+// Packs (Co, C / groups, kh, kw) weights into the layouts of the GEMMs, and unpacks their gradients.
 #pragma once
 #include "../deform_conv2d_kernels.h"
 #include "vec.h"
 
 namespace dcn::cpu::DCN_ISA {
 
-// Where weight[out_channel, channel, tap 0] of an input channel stands, or null where the block-diagonal has no entry.
+// Pointer to weight[out_channel, channel, tap 0], or null outside the blocks of the block-diagonal matrix.
 template <class T>
 static inline T* weight_at(const Plan& plan, WeightView<T> weight, int64_t out_channel, int64_t channel) {
   const DeformConv2dShape& s = plan.shape;
@@ -24,7 +24,7 @@ static inline void for_each_weight(const Plan& plan, const Slab& slab, WeightVie
     }
 }
 
-// Panels of (taps * padded channels) x output channels, the B of columns * weight.
+// Panels of (taps * padded channels) x output channels: B of columns * weight.
 static inline int64_t packed_index(const Plan& plan, const Slab& slab, int64_t tap, int64_t c, int64_t o) {
   const int64_t rows = plan.shape.taps() * slab.padded;
   return slab.weights + (o / plan.lanes * rows + tap * slab.padded + c) * plan.lanes + o % plan.lanes;
@@ -39,7 +39,7 @@ static void pack_weight(const Plan& plan, int64_t index, WeightView<const T> wei
   });
 }
 
-// The same in bfloat16, two rows interleaved as multiply_block wants them.
+// The same in bfloat16, with two rows interleaved as multiply_block reads them.
 static inline void pack_weight(const Plan& plan, int64_t index, WeightView<const Bfloat16> weight, Bfloat16* packed) {
   const Slab& slab = plan.slabs[index];
   for_each_weight(plan, slab, weight, [&](const Bfloat16* from, int64_t c, int64_t o) {
@@ -50,7 +50,7 @@ static inline void pack_weight(const Plan& plan, int64_t index, WeightView<const
   });
 }
 
-// Panels of output channels x (taps * padded channels), the B of grad_output * transpose(weight).
+// Panels of output channels x (taps * padded channels): B of grad_output * transpose(weight).
 template <class T>
 static void pack_weight_transposed(const Plan& plan, int64_t index, WeightView<const T> weight, T* packed) {
   const Slab& slab = plan.slabs[index];
@@ -62,7 +62,7 @@ static void pack_weight_transposed(const Plan& plan, int64_t index, WeightView<c
   });
 }
 
-// Adds up the image groups' shares of a weight's gradient, in order.
+// Adds the image groups' partial sums of a weight's gradient, in order.
 template <class T>
 static inline T sum_partials(const Plan& plan, const T* packed) {
   T total = T(0);
@@ -79,7 +79,7 @@ static void unpack_grad_weight(const Plan& plan, int64_t index, const T* packed,
   });
 }
 
-// Depthwise, (taps, padded channels) a slab: the channel is the output channel.
+// Depthwise: (taps, padded channels) for each slab; a channel is an output channel too.
 template <class T>
 static void pack_depthwise(const Plan& plan, int64_t index, WeightView<const T> weight, T* packed) {
   const Slab& slab = plan.slabs[index];
