@@ -48,6 +48,11 @@ def test_shapes(cuda_host, name):
     check(cuda_host, *make(SHAPES[name], dtype, True), order=order)
 
 
+def test_depthwise_slabs_in_turn(cuda_host):
+    """Tiles of rows are so many that each block of the forward takes all slabs of channels."""
+    check(cuda_host, *make((2, 136, 17, 17, 136, (2, 2), 1, 0, 1, 136, 1, True), torch.bfloat16, True))
+
+
 @pytest.mark.parametrize("name", ["both, indivisible", "depthwise"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_wild_offsets(cuda_host, name, dtype):
@@ -84,9 +89,12 @@ def test_mixed_layouts(cuda_host):
     check(cuda_host, tensors, geometry, grad_output.contiguous())
 
 
-@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
-@pytest.mark.parametrize("name", ["groups", "depthwise"])
-def test_single_gradients(cuda_host, name, needs):
+NEEDS = [(True, False, False), (False, True, False), (False, False, True), (True, True, False), (False, True, True)]
+
+
+@pytest.mark.parametrize("needs", NEEDS)
+@pytest.mark.parametrize("name", ["groups", "depthwise", "depthwise, slabs and tiles"])
+def test_some_gradients(cuda_host, name, needs):
     tensors, geometry, grad_output = make(SHAPES[name], torch.float16, True)
     input, offset, weight, _, mask = tensors
     _, expected = truth(tensors, geometry, grad_output)
