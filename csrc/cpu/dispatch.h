@@ -11,41 +11,30 @@ Isa isa();
 
 }  // namespace dcn::cpu
 
-// Declares NAME<T>() for every instruction set and select_NAME<T>(), the table of the chosen one.
 #if defined(__x86_64__)
-#define DCN_KERNELS(TABLE, NAME)                                              \
-  namespace dcn::cpu {                                                        \
-  namespace portable {                                                        \
-  template <class T>                                                          \
-  TABLE<T> NAME();                                                            \
-  }                                                                           \
-  namespace avx2 {                                                            \
-  template <class T>                                                          \
-  TABLE<T> NAME();                                                            \
-  }                                                                           \
-  namespace avx512 {                                                          \
-  template <class T>                                                          \
-  TABLE<T> NAME();                                                            \
-  }                                                                           \
-  template <class T>                                                          \
-  const TABLE<T>& select_##NAME() {                                           \
-    static const TABLE<T> table = isa() == Isa::avx512 ? avx512::NAME<T>()    \
-                                  : isa() == Isa::avx2 ? avx2::NAME<T>()      \
-                                                       : portable::NAME<T>(); \
-    return table;                                                             \
-  }                                                                           \
-  }
+#define DCN_SELECT(CALL) (isa() == Isa::avx512 ? avx512::CALL : isa() == Isa::avx2 ? avx2::CALL : portable::CALL)
 #else
-#define DCN_KERNELS(TABLE, NAME)                       \
-  namespace dcn::cpu {                                 \
-  namespace portable {                                 \
-  template <class T>                                   \
-  TABLE<T> NAME();                                     \
-  }                                                    \
-  template <class T>                                   \
-  const TABLE<T>& select_##NAME() {                    \
-    static const TABLE<T> table = portable::NAME<T>(); \
-    return table;                                      \
-  }                                                    \
-  }
+#define DCN_SELECT(CALL) portable::CALL
 #endif
+
+// Declares NAME<T>() for every instruction set and select_NAME<T>(), the table of the chosen one.
+#define DCN_KERNELS(TABLE, NAME)                         \
+  namespace dcn::cpu {                                   \
+  namespace portable {                                   \
+  template <class T>                                     \
+  TABLE<T> NAME();                                       \
+  }                                                      \
+  namespace avx2 {                                       \
+  template <class T>                                     \
+  TABLE<T> NAME();                                       \
+  }                                                      \
+  namespace avx512 {                                     \
+  template <class T>                                     \
+  TABLE<T> NAME();                                       \
+  }                                                      \
+  template <class T>                                     \
+  const TABLE<T>& select_##NAME() {                      \
+    static const TABLE<T> table = DCN_SELECT(NAME<T>()); \
+    return table;                                        \
+  }                                                      \
+  }

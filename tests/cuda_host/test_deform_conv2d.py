@@ -50,13 +50,21 @@ def make(shape, dtype, channels_last, spread=2.0, bias=True):
     return tensors, [list(stride), list(padding), list(dilation)], random(n, co, ho, wo)
 
 
-def truth(tensors, geometry, grad_output):
-    stride, padding, dilation = geometry
+def in_double(function, tensors, grad_output):
+    """The function's value and its gradients in float64; None for an absent tensor's."""
     leaves = [t.detach().double().requires_grad_() if t is not None else None for t in tensors]
-    input, offset, weight, bias, mask = leaves
-    output = reference.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
+    output = function(*leaves)
     output.backward(grad_output.double())
-    return output.detach(), [leaf.grad if leaf is not None else None for leaf in (input, offset, mask, weight)]
+    return output.detach(), [leaf.grad if leaf is not None else None for leaf in leaves]
+
+
+def truth(tensors, geometry, grad_output):
+    output, (input, offset, weight, _, mask) = in_double(
+        lambda input, offset, weight, bias, mask: reference.deform_conv2d(input, offset, weight, bias, *geometry, mask),
+        tensors,
+        grad_output,
+    )
+    return output, [input, offset, mask, weight]
 
 
 def assert_close(actual, expected, dtype, name):
@@ -66,6 +74,15 @@ def assert_close(actual, expected, dtype, name):
         name,
         difference / torch.linalg.vector_norm(expected),
     )
+
+
+def assert_gradients_close(actual, expected, dtype):
+    """None is expected of what is not needed."""
+    for i, (got, want) in enumerate(zip(actual, expected, strict=True)):
+        if want is None:
+            assert got.numel() == 0
+        else:
+            assert_close(got, want, dtype, f"gradient {i}")
 
 
 def check(cuda_host, tensors, geometry, grad_output, deterministic=False, order=0):
@@ -79,14 +96,21 @@ def check(cuda_host, tensors, geometry, grad_output, deterministic=False, order=
         *(grad_output, input, offset, weight, mask, *geometry, True, True, True, deterministic),
         order=order,
     )
-    for name, got, expected in zip(("input", "offset", "mask", "weight"), actual_grads, grads, strict=True):
-        if expected is None:
-            assert got.numel() == 0
-        else:
-            assert_close(got, expected, dtype, f"grad of {name}")
+    assert_gradients_close(actual_grads, grads, dtype)
     for got, like in ((actual, input), (actual_grads[0], input), (actual_grads[3], weight)):
         assert got.is_contiguous(memory_format=layout(like))
     return actual, actual_grads
+
+
+def check_some_gradients(cuda_host, tensors, geometry, grad_output, needs, deterministic=False):
+    input, offset, weight, _, mask = tensors
+    _, grads = truth(tensors, geometry, grad_output)
+    actual = cuda_host(
+        "deform_conv2d_backward", grad_output, input, offset, weight, mask, *geometry, *needs, deterministic
+    )
+    needed = (needs[0], needs[1], needs[1], needs[2])
+    expected = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+    assert_gradients_close(actual, expected, input.dtype)
 
 
 def layout(t):
@@ -142,18 +166,7 @@ def test_lattice_offsets(cuda_host, channels_last):
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_single_gradients(cuda_host, needs, channels_last, deterministic):
     tensors, geometry, grad_output = make(SHAPES["groups"], torch.float16, channels_last)
-    input, offset, weight, _, mask = tensors
-    _, (grad_input, grad_offset, grad_mask, grad_weight) = truth(tensors, geometry, grad_output)
-    actual = cuda_host(
-        "deform_conv2d_backward", grad_output, input, offset, weight, mask, *geometry, *needs, deterministic
-    )
-    expected = {0: grad_input, 1: grad_offset, 2: grad_mask, 3: grad_weight}
-    needed = {0: needs[0], 1: needs[1], 2: needs[1], 3: needs[2]}
-    for i, got in enumerate(actual):
-        if needed[i]:
-            assert_close(got, expected[i], torch.float16, i)
-        else:
-            assert got.numel() == 0
+    check_some_gradients(cuda_host, tensors, geometry, grad_output, needs, deterministic)
 
 
 def test_empty_batch(cuda_host):

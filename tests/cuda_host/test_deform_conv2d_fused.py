@@ -13,7 +13,7 @@ import math
 import pytest
 import torch
 
-from .test_deform_conv2d import assert_close, check, make, truth
+from .test_deform_conv2d import assert_close, check, check_some_gradients, make, truth
 
 # As in test_deform_conv2d: batch, channels, height, width, out_channels, kernel, stride, padding, dilation, groups,
 # deform_groups, v2.
@@ -96,14 +96,7 @@ NEEDS = [(True, False, False), (False, True, False), (False, False, True), (True
 @pytest.mark.parametrize("name", ["groups", "depthwise", "depthwise, slabs and tiles"])
 def test_some_gradients(cuda_host, name, needs):
     tensors, geometry, grad_output = make(SHAPES[name], torch.float16, True)
-    input, offset, weight, _, mask = tensors
-    _, expected = truth(tensors, geometry, grad_output)
-    actual = cuda_host("deform_conv2d_backward", grad_output, input, offset, weight, mask, *geometry, *needs, False)
-    for got, want, needed in zip(actual, expected, (needs[0], needs[1], needs[1], needs[2]), strict=True):
-        if needed:
-            assert_close(got, want, torch.float16, name)
-        else:
-            assert got.numel() == 0
+    check_some_gradients(cuda_host, tensors, geometry, grad_output, needs)
 
 
 @pytest.mark.parametrize("name", ["several parts of rows", "depthwise"])

@@ -7,7 +7,8 @@ import torch
 
 from dcn_plugin.ops import reference
 
-from .test_deform_conv2d import DTYPES, assert_close, layout
+from .test_deform_conv2d import DTYPES, assert_close, assert_gradients_close, in_double
+from .test_deform_roi_align import check_operator
 
 ROIS = torch.tensor(
     [
@@ -46,29 +47,15 @@ def make(case, dtype, channels_last):
 
 
 def truth(input, rois, offset, options, grad_output):
-    leaves = [t.detach().double().requires_grad_() if t is not None else None for t in (input, offset)]
-    output = reference.deform_ps_roi_pool(leaves[0], rois, leaves[1], *options)
-    output.backward(grad_output.double())
-    return output.detach(), [leaf.grad if leaf is not None else None for leaf in leaves]
+    def function(input, offset):
+        return reference.deform_ps_roi_pool(input, rois, offset, *options)
+
+    return in_double(function, (input, offset), grad_output)
 
 
-def check(cuda_host, input, rois, offset, options, grad_output, deterministic=False, order=0):
-    output, grads = truth(input, rois, offset, options, grad_output)
-    actual = cuda_host("deform_ps_roi_pool", input, rois, offset, *options, order=order)
-    assert_close(actual, output, input.dtype, "output")
-    actual_grads = cuda_host(
-        "deform_ps_roi_pool_backward",
-        *(grad_output, input, rois, offset, *options, True, True, deterministic),
-        order=order,
-    )
-    for name, got, expected in zip(("input", "offset"), actual_grads, grads, strict=True):
-        if expected is None:
-            assert got.numel() == 0
-        else:
-            assert_close(got, expected, input.dtype, f"grad of {name}")
-    assert actual.is_contiguous(memory_format=layout(input))
-    assert actual_grads[0].is_contiguous(memory_format=layout(input))
-    return actual_grads
+def check(cuda_host, *case, **how):
+    *tensors, options, grad_output = case
+    return check_operator(cuda_host, "deform_ps_roi_pool", truth(*case), tensors, options, grad_output, **how)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -107,8 +94,7 @@ def test_batch_index_out_of_range_gives_zeros(cuda_host, channels_last):
         actual = cuda_host(
             *("deform_ps_roi_pool_backward", grad_output, input, strange, offset, *options, True, True, deterministic)
         )
-        for name, got, expected in zip(("input", "offset"), actual, grads, strict=True):
-            assert_close(got, expected, input.dtype, name)
+        assert_gradients_close(actual, grads, input.dtype)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -146,13 +132,10 @@ def test_empty_batch(cuda_host):
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_single_gradients(cuda_host, needs, deterministic):
     input, rois, offset, options, grad_output = make(CASES["a map for each bin"], torch.float16, True)
-    _, expected = truth(input, rois, offset, options, grad_output)
+    _, grads = truth(input, rois, offset, options, grad_output)
     actual = cuda_host("deform_ps_roi_pool_backward", grad_output, input, rois, offset, *options, *needs, deterministic)
-    for needed, got, value in zip(needs, actual, expected, strict=True):
-        if needed:
-            assert_close(got, value, torch.float16, "gradient")
-        else:
-            assert got.numel() == 0
+    expected = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+    assert_gradients_close(actual, expected, torch.float16)
 
 
 def test_errors_name_the_argument(cuda_host):

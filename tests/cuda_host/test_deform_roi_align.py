@@ -7,7 +7,7 @@ import torch
 
 from dcn_plugin.ops import reference
 
-from .test_deform_conv2d import DTYPES, assert_close, layout
+from .test_deform_conv2d import DTYPES, assert_close, assert_gradients_close, in_double, layout
 
 ROIS = torch.tensor(
     [
@@ -48,29 +48,29 @@ def make(case, dtype, channels_last):
 
 
 def truth(input, rois, offset, mask, options, grad_output):
-    leaves = [t.detach().double().requires_grad_() if t is not None else None for t in (input, offset, mask)]
-    output = reference.deform_roi_align(leaves[0], rois, leaves[1], *options, leaves[2])
-    output.backward(grad_output.double())
-    return output.detach(), [leaf.grad if leaf is not None else None for leaf in leaves]
+    def function(input, offset, mask):
+        return reference.deform_roi_align(input, rois, offset, *options, mask)
+
+    return in_double(function, (input, offset, mask), grad_output)
 
 
-def check(cuda_host, input, rois, offset, mask, options, grad_output, deterministic=False, order=0):
-    output, grads = truth(input, rois, offset, mask, options, grad_output)
-    actual = cuda_host("deform_roi_align", input, rois, offset, mask, *options, order=order)
+def check_operator(cuda_host, name, expected, tensors, options, grad_output, deterministic=False, order=0):
+    """Of either RoI operator; tensors are input, rois and those that may be absent."""
+    input, (output, grads) = tensors[0], expected
+    actual = cuda_host(name, *tensors, *options, order=order)
     assert_close(actual, output, input.dtype, "output")
     actual_grads = cuda_host(
-        "deform_roi_align_backward",
-        *(grad_output, input, rois, offset, mask, *options, True, True, deterministic),
-        order=order,
+        f"{name}_backward", grad_output, *tensors, *options, True, True, deterministic, order=order
     )
-    for name, got, expected in zip(("input", "offset", "mask"), actual_grads, grads, strict=True):
-        if expected is None:
-            assert got.numel() == 0
-        else:
-            assert_close(got, expected, input.dtype, f"grad of {name}")
+    assert_gradients_close(actual_grads, grads, input.dtype)
     assert actual.is_contiguous(memory_format=layout(input))
     assert actual_grads[0].is_contiguous(memory_format=layout(input))
     return actual_grads
+
+
+def check(cuda_host, *case, **how):
+    *tensors, options, grad_output = case
+    return check_operator(cuda_host, "deform_roi_align", truth(*case), tensors, options, grad_output, **how)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -111,8 +111,7 @@ def test_batch_index_out_of_range_gives_zeros(cuda_host, channels_last):
             *("deform_roi_align_backward", grad_output, input, strange, offset, mask),
             *(*options, True, True, deterministic),
         )
-        for name, got, expected in zip(("input", "offset", "mask"), actual, grads, strict=True):
-            assert_close(got, expected, input.dtype, name)
+        assert_gradients_close(actual, grads, input.dtype)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -147,12 +146,10 @@ def test_empty_batch(cuda_host):
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_single_gradients(cuda_host, needs, deterministic):
     input, rois, offset, mask, options, grad_output = make(CASES["v2"], torch.float16, True)
-    _, expected = truth(input, rois, offset, mask, options, grad_output)
+    _, grads = truth(input, rois, offset, mask, options, grad_output)
     actual = cuda_host(
         *("deform_roi_align_backward", grad_output, input, rois, offset, mask, *options, *needs, deterministic)
     )
-    for needed, got, value in zip((needs[0], needs[1], needs[1]), actual, expected, strict=True):
-        if needed:
-            assert_close(got, value, torch.float16, "gradient")
-        else:
-            assert got.numel() == 0
+    needed = (needs[0], needs[1], needs[1])
+    expected = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+    assert_gradients_close(actual, expected, torch.float16)

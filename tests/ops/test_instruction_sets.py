@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-SELECTION = "test_equals_reference and not 130 and not 300 or mmcv or repeats"
+SELECTION = "test_equals_reference and not 130 and not 300 or sizes_equal_reference or mmcv or repeats"
 
 
 def flags():
@@ -24,7 +24,7 @@ def environment(name):
 def test_instruction_set(name, needs):
     if needs and needs not in flags():
         pytest.skip(f"this processor does not have {name}")
-    files = [str(TESTS / f"test_deform_{op}.py") for op in ("conv2d", "roi_align")]
+    files = [str(TESTS / f"test_deform_{op}.py") for op in ("conv2d", "roi_align", "ps_roi_pool")]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", SELECTION, *files]
     result = subprocess.run(command, env=environment(name), capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]
