@@ -26,7 +26,7 @@ struct FusedBackwardLayout : SharedLayout {
 };
 
 template <class T, class Tile>
-__global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks) fused_backward_kernel(FusedBackwardArgs<T> args) {
+__global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks) fused_backward_data_kernel(FusedBackwardArgs<T> args) {
   const FusedSizes& sizes = args.sizes;
   const int first_row = blockIdx.x * Tile::kRows, groups = static_cast<int>(args.shape.groups);
   const int deform_taps = static_cast<int>(args.shape.deform_groups) * sizes.taps;
@@ -132,7 +132,7 @@ void launch(const DeviceScope& device, const FusedBackwardArgs<T>& args) {
     const dim3 grid(static_cast<unsigned>(divide_up(args.sizes.rows, Tile::kRows)));
     const size_t bytes =
         FusedBackwardLayout<T, Tile>(args.sizes.group_out_channels, total_deform_taps(args.shape)).bytes;
-    device.launch(fused_backward_kernel<T, Tile>, {grid, kFusedThreads, bytes}, args);
+    device.launch(fused_backward_data_kernel<T, Tile>, {grid, kFusedThreads, bytes}, args);
   });
 }
 

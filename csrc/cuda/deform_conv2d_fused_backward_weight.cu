@@ -45,7 +45,7 @@ struct FusedWeightLayout : SharedLayout {
 
 template <class T, class Tile>
 __global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks)
-    fused_weight_kernel(FusedWeightArgs<T> args, int table_deform_taps) {
+    fused_backward_weight_kernel(FusedWeightArgs<T> args, int table_deform_taps) {
   static_assert(Tile::kColumns == kWeightPanels * kChunk<T>);
   const FusedSizes& sizes = args.sizes;
   const int out_tiles = (sizes.group_out_channels + Tile::kRows - 1) / Tile::kRows;
@@ -209,7 +209,7 @@ void launch(const DeviceScope& device, const ConvTensors& t, const Tensor& grad_
     const Tensor sums = empty(t.input, {parts * count}, ScalarType::Float);
     const int deform_taps = weight_tile_deform_taps(s);
     const dim3 grid(static_cast<unsigned>(tiles_x), static_cast<unsigned>(tiles_y), static_cast<unsigned>(parts));
-    device.launch(fused_weight_kernel<T, Tile>,
+    device.launch(fused_backward_weight_kernel<T, Tile>,
                   {grid, kFusedThreads, static_cast<size_t>(FusedWeightLayout<T, Tile>(deform_taps).bytes)},
                   FusedWeightArgs<T>{args, data<T>(grad_output), data<float>(sums), static_cast<int>(part_rows)},
                   deform_taps);

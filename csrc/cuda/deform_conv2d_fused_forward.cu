@@ -1,14 +1,17 @@
 // The fused forward: an implicit GEMM (deform_conv2d_fused.cuh), double buffered, one tile of the output per block.
 //
-//   input (N, H, W, C)      sample table              shared memory, 2 stages               registers
-//   +-------------+     taps x rows of the tile       +----------------+
-//   |   .    .    |  -> 4 pixels and 4 weights --+--> | im2col tile    |--+
-//   |      . .    |     per sample               |    | rows x chunk   |  |  mma    +----------------+
-//   +-------------+                              |    +----------------+  +-------> | sum            |  epilogue output
-//          |         gather: 4 corners,          |    +----------------+  |         | rows x columns | ----------> tile
-//          +-------> interpolate in float32 -----+    | weight tile    |--+         +----------------+  + bias
-//   weight (Co, K) ----------- cp.async ------------> | columns x chunk|
-//                                                     +----------------+
+//   input (N, H, W, C)                               shared memory, 2 stages          registers
+//   +-------------+   offset, mask -> sample table,  +-----------------+
+//   |   .    .    |   4 pixels and 4 weights each    | im2col tile     |
+//   |      . .    |--------------------------------->| rows x chunk    |--+
+//   +-------------+   gather 4 corners, interpolate  +-----------------+  |  mma   +----------------+
+//                     in float32, round to T                              +------->| sum            |
+//   +-------------+                                  +-----------------+  |        | rows x columns |
+//   | weight      |            cp.async              | weight tile     |--+        +----------------+
+//   | (Co, K)     |--------------------------------->| columns x chunk |                   |  epilogue: + bias, round
+//   +-------------+                                  +-----------------+                   v
+//                                                                              output (N, Ho, Wo, Co)
+//
 //   for each chunk of K:  multiply stage i  |  gather and copy chunk i + 1 into the other stage  |  one barrier
 //
 // A block owns a tile of rows and of one group's output channels, and takes every sample of its rows once: so nothing
