@@ -1,7 +1,9 @@
 """What is measured: operators on given shapes, each beside the dense convolution and the peers that are installed."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from math import prod
 
 import torch
 from torch.nn import functional as F
@@ -9,6 +11,7 @@ from torch.nn import functional as F
 from dcn_plugin.ops import deform_conv2d, deform_ps_roi_pool, deform_roi_align
 
 from . import peers
+from .roofline import SAMPLE
 
 IMAGE = 800, 1216  # a COCO image as MMDetection resizes it
 IMAGES = 2
@@ -24,6 +27,8 @@ class Contender:
     floor: str | None = None  # the contender it is compared with
     agrees_with: str | None = None  # the contender whose result it must equal
     optional: bool = False  # a peer: where it does not run or agree, it is left out
+    operations: int = 0  # multiplications and additions of the forward, for the roofline; 0: unknown
+    environment: dict = field(default_factory=dict)  # variables that are set while it runs
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Case:
     label: str
     dtype: torch.dtype = torch.float32
     channels_last: bool = False
+    tf32: bool = False  # CUDA: products of float32 may round to it
     threads: int | None = None  # None: as many as the benchmark was told to use
     quick: bool = False  # part of --quick
     memory: bool = False  # its peak memory is measured on the CPU too
@@ -44,7 +50,7 @@ class Case:
     @property
     def name(self):
         """Unique among the cases of an operator."""
-        dtype = "" if self.dtype is torch.float32 else str(self.dtype).removeprefix("torch.")
+        dtype = "TF32" * self.tf32 if self.dtype is torch.float32 else str(self.dtype).removeprefix("torch.")
         parts = [self.label, "channels_last" * self.channels_last, dtype]
         return " ".join(filter(None, [*parts, f"threads={self.threads}" if self.threads else ""]))
 
@@ -53,10 +59,10 @@ class Case:
         options = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("quick", "memory", "threads")}
         return dict(operator=self.operator, case=self.name) | options | dict(dtype=str(self.dtype))
 
-    def leaf(self, tensor, device, is_map=False):
+    def leaf(self, tensor, is_map=False):
         """As an input of the operator; maps and weights have the case's memory format."""
         layout = torch.channels_last if is_map and self.channels_last else torch.contiguous_format
-        return tensor.to(device, self.dtype).contiguous(memory_format=layout).requires_grad_()
+        return tensor.to(self.dtype).contiguous(memory_format=layout).requires_grad_()
 
     def contenders(self, device, threads):
         """All that are installed; those that others are compared with come first."""
@@ -82,17 +88,28 @@ class Conv(Case):
     def padding(self):
         return self.dilation * (self.kernel // 2)
 
-    def tensors(self, device):
-        n, c, h, w = self.shape
+    @property
+    def out_size(self):
         reach = self.dilation * (self.kernel - 1) - 2 * self.padding
-        out = [(size - reach - 1) // self.stride + 1 for size in (h, w)]
-        taps = self.deform_groups * self.kernel**2
-        weight = torch.randn(c, c // self.groups, self.kernel, self.kernel)
+        return [(size - reach - 1) // self.stride + 1 for size in self.shape[2:]]
+
+    @property
+    def operations(self):
+        n, c, _, _ = self.shape
+        columns = n * prod(self.out_size) * self.kernel**2 * c
+        return columns * (SAMPLE + 2 * c // self.groups)
+
+    def tensors(self, device):
+        n, c, _, _ = self.shape
+        out, taps = self.out_size, self.deform_groups * self.kernel**2
+        randn = partial(torch.randn, device=device)
+        weight = randn(c, c // self.groups, self.kernel, self.kernel)
+        mask = torch.rand(n, taps, *out, device=device) if self.modulated else None
         return dict(
-            input=self.leaf(torch.randn(self.shape), device, is_map=True),
-            weight=self.leaf(weight / weight[0].numel() ** 0.5, device, is_map=True),
-            offset=self.leaf(torch.randn(n, 2 * taps, *out) * self.offset_pixels, device),
-            mask=self.leaf(torch.rand(n, taps, *out), device) if self.modulated else None,
+            input=self.leaf(randn(self.shape), is_map=True),
+            weight=self.leaf(weight / weight[0].numel() ** 0.5, is_map=True),
+            offset=self.leaf(randn(n, 2 * taps, *out) * self.offset_pixels),
+            mask=self.leaf(mask) if self.modulated else None,
         )
 
     def contenders(self, device, threads):
@@ -101,9 +118,17 @@ class Conv(Case):
         geometry = self.stride, self.padding, self.dilation
         leaves = tuple(tensor for tensor in t.values() if tensor is not None)
         yield Contender("dense", lambda: F.conv2d(input, weight, None, *geometry, self.groups), (input, weight))
-        yield Contender(
-            "dcn_plugin", lambda: deform_conv2d(input, offset, weight, None, *geometry, mask), leaves, "dense"
+        ours = Contender(
+            "dcn_plugin",
+            lambda: deform_conv2d(input, offset, weight, None, *geometry, mask),
+            leaves,
+            "dense",
+            operations=self.operations,
         )
+        yield ours
+        if device == "cuda" and (self.dtype is not torch.float32 or self.tf32):
+            columns = dict(name="dcn_plugin, columns", agrees_with="dcn_plugin", environment={"DCN_PLUGIN_FUSED": "0"})
+            yield replace(ours, **columns)
         if not self.threads:  # those compare numbers of threads, not implementations
             for name, run in peers.conv(self, t):
                 yield Contender(name, run, leaves, "dense", "dcn_plugin", optional=True)
@@ -144,10 +169,19 @@ class RoI(Case):
         found = []
         for level, stride in enumerate(self.strides):
             rois = boxes[level_of == level]
-            maps = torch.randn(IMAGES, self.channels, IMAGE[0] // stride, IMAGE[1] // stride)
-            offset = self.leaf(torch.randn(len(rois), 2, self.bins, self.bins), device)
-            found.append((self.leaf(maps, device, is_map=True), rois.to(device, self.dtype), offset, 1 / stride))
+            maps = torch.randn(IMAGES, self.channels, IMAGE[0] // stride, IMAGE[1] // stride, device=device)
+            offset = self.leaf(torch.randn(len(rois), 2, self.bins, self.bins, device=device))
+            found.append((self.leaf(maps, is_map=True), rois.to(device, self.dtype), offset, 1 / stride))
         return [level for level in found if len(level[1])]
+
+    def operations(self, levels):
+        """Of interpolating every sample of every bin."""
+        samples = 0
+        for _, rois, _, scale in levels:
+            size = (rois[:, 3:] - rois[:, 1:3]).double() * scale / self.bins
+            counts = size.ceil() if self.sampling_ratio == 0 else torch.full_like(size, self.sampling_ratio)
+            samples += int(counts.prod(1).sum()) * self.bins**2
+        return SAMPLE * self.channels * samples
 
     def contenders(self, device, threads):
         levels = self.levels(device)
@@ -164,7 +198,7 @@ class RoI(Case):
             yield Contender(name, on_levels(pool), maps, floor, straight, optional=True)
         ours = on_levels(lambda x, rois, offset, scale: deform_roi_align(x, rois, offset, bins, scale, ratio))
         still = on_levels(lambda x, rois, _, scale: deform_roi_align(x, rois, None, bins, scale, ratio))
-        yield Contender("dcn_plugin", ours, (*maps, *offsets), floor)
+        yield Contender("dcn_plugin", ours, (*maps, *offsets), floor, operations=self.operations(levels))
         yield Contender(straight, still, maps, floor)
         for name, pool in moving:
             yield Contender(name, on_levels(pool), (*maps, *offsets), floor, "dcn_plugin", optional=True)
@@ -184,9 +218,10 @@ class PSRoI(RoI):
     strides = (16,)
 
     def contenders(self, device, threads):
-        ((plain, rois, offset, scale),) = self.levels(device)
-        maps = torch.randn(IMAGES, self.channels * self.bins**2, *plain.shape[2:])
-        maps = self.leaf(maps, device, is_map=True)
+        levels = self.levels(device)
+        ((plain, rois, offset, scale),) = levels
+        maps = torch.randn(IMAGES, self.channels * self.bins**2, *plain.shape[2:], device=device)
+        maps = self.leaf(maps, is_map=True)
         bins, samples = self.bins, self.sampling_ratio
         floor, pool = next(iter(peers.roi_align(bins, samples)[0]), (None, None))
         if floor:
@@ -195,41 +230,67 @@ class PSRoI(RoI):
         def ours():
             return deform_ps_roi_pool(maps, rois, offset, bins, bins, bins, samples, scale)
 
-        yield Contender("dcn_plugin", ours, (maps, offset), floor)
+        yield Contender("dcn_plugin", ours, (maps, offset), floor, operations=self.operations(levels))
 
 
-def cases(device, threads):
-    """Shapes of ResNet-50's stages at 800 x 1216, and variants of its fourth; on CUDA with a batch that fills one."""
-    batch, low = (2, [torch.bfloat16]) if device == "cpu" else (16, [torch.bfloat16, torch.float16])
-    stages = {"c3": (batch, 128, 100, 152), "c4": (batch, 256, 50, 76), "c5": (batch, 512, 25, 38)}
-    c4 = stages["c4"]
-    variants = {
-        "1x1": dict(kernel=1),
-        "5x5": dict(kernel=5),
-        "stride 2": dict(stride=2),
-        "dilation 2": dict(dilation=2),
-        "deform_groups 4": dict(deform_groups=4),
-        "depthwise": dict(groups=256),
-    }
+C4_VARIANTS = {
+    "c4 1x1": dict(kernel=1),
+    "c4 5x5": dict(kernel=5),
+    "c4 stride 2": dict(stride=2),
+    "c4 dilation 2": dict(dilation=2),
+    "c4 deform_groups 4": dict(deform_groups=4),
+    "c4 depthwise": dict(groups=256),
+}
+
+
+def cpu_cases(threads):
+    """Shapes of ResNet-50's stages at 800 x 1216, two images, and variants of its fourth."""
+    stages = {"c3": (2, 128, 100, 152), "c4": (2, 256, 50, 76), "c5": (2, 512, 25, 38)}
     for last in (False, True):
         for label, shape in stages.items():
-            yield Conv(label, shape=shape, channels_last=last, quick=label == "c4" and not last, memory=True)
-        yield Conv("small", shape=(1, 64, 56, 56), channels_last=last)
-        for dtype in low:
-            for label, shape in stages.items():
-                yield Conv(label, dtype, last, shape=shape, quick=label == "c4" and last)
-        for label, options in variants.items():
-            yield Conv(f"c4 {label}", shape=c4, channels_last=last, **options)
+            yield Conv(label, channels_last=last, shape=shape, quick=label == "c4" and not last, memory=True)
+        yield Conv("small", channels_last=last, shape=(1, 64, 56, 56))
+        for label, shape in stages.items():
+            yield Conv(label, torch.bfloat16, last, shape=shape, quick=label == "c4" and last)
+        for label, options in C4_VARIANTS.items():
+            yield Conv(label, channels_last=last, shape=stages["c4"], **options)
         for ratio in (2, 0):
             yield RoI(f"FPN sampling_ratio {ratio}", channels_last=last, sampling_ratio=ratio, quick=ratio == 2)
-        yield PSRoI("R-FCN", channels_last=last)
+        yield PSRoI("R-FCN", channels_last=last, quick=not last)
     yield Conv("tiny", shape=(1, 16, 8, 8), quick=True)
     for label, shape in stages.items():
         yield Conv(f"{label} zero offsets", shape=shape, offset_pixels=0.0)
-    yield Conv("c4 v1", shape=c4, modulated=False)
-    for dtype in low:
+    yield Conv("c4 v1", shape=stages["c4"], modulated=False)
+    yield RoI("FPN sampling_ratio 2", torch.bfloat16)
+    for count in sorted({1, 2} - {threads}):
+        for label, shape in stages.items():
+            yield Conv(label, shape=shape, channels_last=True, threads=count)
+
+
+def cuda_cases():
+    """Shapes of ResNet-50's stages at 800 x 1344, 16 images, which fill a large GPU; the most telling cases first."""
+    stages = {"c3": (16, 128, 100, 168), "c4": (16, 256, 50, 84), "c5": (16, 512, 25, 42)}
+    for dtype, tf32 in ((torch.bfloat16, False), (torch.float16, False), (torch.float32, True), (torch.float32, False)):
+        for label, shape in stages.items():
+            yield Conv(label, dtype, True, tf32, shape=shape, quick=dtype is torch.bfloat16)
+    for dtype in (torch.float32, torch.float16):
+        yield RoI("FPN sampling_ratio 2", dtype, True, quick=dtype is torch.float32)
+    yield Conv("c4 depthwise", torch.bfloat16, True, shape=stages["c4"], groups=256, quick=True)
+    yield PSRoI("R-FCN", channels_last=True, quick=True)
+    for dtype in (torch.bfloat16, torch.float32):
+        yield Conv("c4", dtype, shape=stages["c4"])
+    yield Conv("tiny", shape=(1, 16, 8, 8), quick=True)
+    for label, options in C4_VARIANTS.items():
+        if label != "c4 depthwise":
+            yield Conv(label, torch.bfloat16, True, shape=stages["c4"], **options)
+    yield Conv("c4 depthwise", channels_last=True, shape=stages["c4"], groups=256)
+    yield Conv("c4 zero offsets", torch.bfloat16, True, shape=stages["c4"], offset_pixels=0.0)
+    yield Conv("c4 v1", torch.bfloat16, True, shape=stages["c4"], modulated=False)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
         yield RoI("FPN sampling_ratio 2", dtype)
-    if device == "cpu":
-        for count in sorted({1, 2} - {threads}):
-            for label, shape in stages.items():
-                yield Conv(label, shape=shape, channels_last=True, threads=count)
+    yield RoI("FPN sampling_ratio 0", channels_last=True, sampling_ratio=0)
+    yield PSRoI("R-FCN")
+
+
+def cases(device, threads):
+    return cuda_cases() if device == "cuda" else cpu_cases(threads)

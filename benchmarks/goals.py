@@ -56,7 +56,8 @@ def figure(goal, case, results):
             return ours["peak_mib"] / rows[0]["threads"] if "peak_mib" in ours else None
         if over == "floor" or over == ours.get("floor"):
             return ours["ratio"][1] if "ratio" in ours else None
-        return 1 / contenders[over]["to_ours"][1] if over in contenders else None
+        to_ours = contenders.get(over, {}).get("to_ours")
+        return 1 / to_ours[1] if to_ours else None
 
     if goal.over != "3x3":
         return ratio_over(goal.over, case)

@@ -1,95 +1,58 @@
-"""Times contenders that take turns in one process, so that whatever else the machine does falls on each alike."""
+"""Makes the row of the record for one run: who takes part, what they take and need, and what is left to gain."""
 
-import math
-import random
-import statistics
-import time
+import os
 
 import torch
 
-from . import memory
+from . import memory, peers, remote
+from .roofline import roofline
+from .timing import DeviceClock, interleave, quartiles, ratios, wall_clock
 
-LEAST_ROUNDS, MOST_ROUNDS = 5, 200
-SHORTEST = 1e-3  # seconds of one sample; quicker calls are repeated within it, to be long beside the clock's own cost
-PAUSE = 2e-3  # seconds of quiet before a sample: another contender's worker threads wait spinning for about so long
 # How far results may differ that are said to agree, as a share of the largest value.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+TF32_TOLERANCE = 1e-2
 
 
-def wall_clock(call, repeat):
-    """Seconds of a call, the mean of ``repeat``; on CUDA, until the device has finished."""
-    finish = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    finish()
-    time.sleep(PAUSE)
-    start = time.perf_counter()
-    for _ in range(repeat):
-        call()
-    finish()
-    return (time.perf_counter() - start) / repeat
+def reason(error):
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:160] if lines else ''}"
 
 
-class DeviceClock:
-    """Seconds of one call on the GPU by device events, with cold caches, as between the layers of a network."""
+def within(environment, call):
+    """``call`` with variables of the environment set while it runs."""
 
-    def __init__(self):
-        self.flushed = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    def run():
+        before = {name: os.environ.get(name) for name in environment}
+        os.environ.update(environment)
+        try:
+            return call()
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
 
-    def __call__(self, call, repeat):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.flushed.zero_()
-        torch.cuda._sleep(2_000_000)  # a millisecond for the host to queue the call: its own time is not measured
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3
-
-
-def interleave(calls, floors, budget, clock):
-    """Seconds of each call by rounds: {name: [seconds or None, ...]}. The calls have run once before.
-
-    In every round the calls run in random order. A call sits out, None, once it has had ``budget`` seconds and
-    LEAST_ROUNDS, so that slow ones do not hold up the others; those that others are compared with, ``floors``,
-    run in every round.
-    """
-    order = random.Random(0)
-    repeat = {name: max(1, math.ceil(SHORTEST / clock(call, 1))) for name, call in calls.items()}
-    samples, spent = {name: [] for name in calls}, dict.fromkeys(calls, 0.0)
-    for done in range(MOST_ROUNDS):
-        wanting = [name for name in calls if done < LEAST_ROUNDS or spent[name] < budget]
-        if not wanting:
-            break
-        turn = [name for name in calls if name in wanting or name in floors]
-        order.shuffle(turn)
-        taken = {name: clock(calls[name], repeat[name]) for name in turn}
-        for name in calls:
-            samples[name].append(taken.get(name))
-            spent[name] += taken.get(name, 0) * repeat[name]
-    return samples
-
-
-def quartiles(values):
-    """[first quartile, median, third quartile]"""
-    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
-
-
-def ratios(samples, floor_samples):
-    """Quartiles of the ratio to another contender in the same round."""
-    pairs = zip(samples, floor_samples, strict=True)
-    return quartiles([sample / floor for sample, floor in pairs if sample is not None and floor is not None])
+    return run if environment else call
 
 
 def call_of(contender, direction):
     """What is timed: a function without arguments that returns its result, with the backward its gradients."""
     if direction == "forward":
-        return torch.no_grad()(contender.run)
+        return within(contender.environment, torch.no_grad()(contender.run))
     if direction != "forward+backward":
         return contender.run
     with torch.no_grad():
-        outputs = memory.tensors_of(contender.run())
-    generator = torch.Generator().manual_seed(0)  # the same ones for each contender, in its memory format
-    gradients = [torch.empty_like(x).copy_(torch.randn(x.shape, generator=generator)) for x in outputs]
-    return lambda: torch.autograd.grad(memory.tensors_of(contender.run()), contender.leaves, gradients)
+        outputs = memory.tensors_of(within(contender.environment, contender.run)())
+    generator = torch.Generator(outputs[0].device).manual_seed(0)  # the same ones for each, in its memory format
+    gradients = [
+        torch.empty_like(x).copy_(torch.randn(x.shape, generator=generator, device=x.device)) for x in outputs
+    ]
+
+    def run():
+        return torch.autograd.grad(memory.tensors_of(contender.run()), contender.leaves, gradients)
+
+    return within(contender.environment, run)
 
 
 def disagreement(found, wanted, tolerance):
@@ -103,45 +66,82 @@ def disagreement(found, wanted, tolerance):
     return None
 
 
-def runnable(case, direction, device, threads):
-    """(contenders, their calls, why the others do not take part), by name; each call has run once.
+def make_call(case, contender, direction, threads):
+    """As :func:`call_of`; a peer that lives elsewhere is called there."""
+    process = peers.elsewhere.get(contender.name)
+    if process is None:
+        return call_of(contender, direction)
+    run = dict(operator=case.operator, case=case.name, direction=direction, threads=threads, contender=contender.name)
+    return remote.Call(process, **run)
 
-    A peer that cannot run a case, or computes something else, is left out; ours and the dense convolution must run.
+
+def runnable(case, direction, device, threads):
+    """(contenders, their calls, why peers do not take part, why others failed), by name; each call has run once.
+
+    A peer that cannot run a case, or computes something else, is left out. What is no peer must run; where it does not,
+    it has failed, and the others are measured all the same.
     """
     contenders = {c.name: c for c in case.contenders(device, threads)}
     references = {c.agrees_with for c in contenders.values()}
-    calls, skipped, results = {}, {}, {}
+    calls, skipped, failed, results = {}, {}, {}, {}
     for name, contender in contenders.items():
         if direction == "forward+backward" and not contender.leaves:
             if contender.floor:
                 skipped[name] = "inference only"
             continue
         try:
-            call = call_of(contender, direction)
+            call = make_call(case, contender, direction, threads)
             result = call()  # warms up too: packed weights, compiled kernels, chosen algorithms
         except Exception as error:
-            if not contender.optional:
-                raise
-            skipped[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
+            (skipped if contender.optional else failed)[name] = reason(error)
             continue
         calls[name] = call
         if contender.agrees_with or name in references:
             results[name] = result
+    tolerance = TF32_TOLERANCE if case.tf32 else TOLERANCE[case.dtype]
     for name in list(calls):
         reference = contenders[name].agrees_with
-        reason = reference and disagreement(results[name], results[reference], TOLERANCE[case.dtype])
-        if reason:
+        if not reference:
+            continue
+        wrong = "there is nothing to compare it with"
+        if reference in results:
+            wrong = disagreement(results[name], results[reference], tolerance)
+        if wrong:
             del calls[name]
-            skipped[name] = reason
-    return contenders, calls, skipped
+            (skipped if contenders[name].optional else failed)[name] = wrong
+    return contenders, calls, skipped, failed
 
 
-def measure(case, direction, device, threads, budget):
-    """The row of the JSON: quartiles of each contender's seconds and ratios to its floor and to ours, its peak MiB."""
-    threads = case.threads or threads
+def cpu_peaks(case, direction, threads, names):
+    """{contender: bytes} of those that can be measured; each peer that lives elsewhere in a process of its own kind."""
+    names = [name for name in names if name in memory.MEASURED]
+    groups = {"": [name for name in names if name not in peers.elsewhere]}
+    groups |= {name: [name] for name in names if name in peers.elsewhere}
+    found = {}
+    for peer, group in groups.items():
+        environment = peers.elsewhere[peer].environment if peer else {}
+        with remote.Process(**environment, **memory.MALLOC) as process:
+            run = dict(operator=case.operator, case=case.name, direction=direction, threads=threads, names=group)
+            found |= process.ask("peaks", **run)
+    return found
+
+
+def roofline_of(case, contender, direction, device, threads):
+    """Of the operator itself, whoever computes it."""
+    with torch.no_grad():
+        outputs = memory.bytes_of(contender.run())
+    inputs = memory.bytes_of(contender.leaves)
+    backward = direction == "forward+backward"
+    return roofline(device, case.dtype, threads, case.tf32, inputs, outputs, contender.operations, backward)
+
+
+def timed(case, direction, device, threads, budget):
+    """What :func:`measure` adds to the row."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    contenders, calls, skipped = runnable(case, direction, device, threads)
+    if device == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = case.tf32
+    contenders, calls, skipped, failed = runnable(case, direction, device, threads)
     clock = DeviceClock() if device == "cuda" and not case.host_time_counts else wall_clock
     floors = {contenders[name].floor for name in calls}
     samples = interleave(calls, floors, budget, clock)
@@ -157,7 +157,24 @@ def measure(case, direction, device, threads, budget):
     if device == "cuda":
         peaks = {name: memory.cuda_peak(call) for name, call in calls.items()}
     else:
-        peaks = memory.measure(case, direction, threads, calls) if case.memory else {}
+        peaks = cpu_peaks(case, direction, threads, calls) if case.memory else {}
     for name, peak in peaks.items():
         found[name]["peak_mib"] = peak / 2**20
-    return case.describe() | dict(direction=direction, threads=threads, contenders=found, skipped=skipped)
+    row = dict(contenders=found, skipped=skipped, failed=failed)
+    ours = contenders.get("dcn_plugin")
+    if "dcn_plugin" in calls and ours.operations:
+        row["roofline"] = roofline_of(case, ours, direction, device, threads)
+    return row
+
+
+def measure(case, direction, device, threads, budget):
+    """The row of the JSON: quartiles of each contender's seconds and ratios to its floor and to ours, its peak MiB.
+
+    Whatever is raised is in the row, as why a contender, or the whole run, failed.
+    """
+    threads = case.threads or threads
+    row = case.describe() | dict(direction=direction, threads=threads, contenders={}, skipped={}, failed={})
+    try:
+        return row | timed(case, direction, device, threads, budget)
+    except Exception as error:
+        return row | dict(failed={"the run": reason(error)})

@@ -13,18 +13,29 @@ PEERS = dict(
     openvino="openvino.opset8",
     onnxruntime="onnxruntime",
 )
+elsewhere = {}  # {peer: the remote.Process that it runs in}
 
 
 @cache
 def load(name):
-    """(module or None, its version or why it is absent)"""
+    """(module or None, its version or why it is absent); of a peer in a process of its own, that instead of a module"""
+    if name not in PEERS:
+        return None, "not asked for"
     try:
+        if name in elsewhere:
+            return elsewhere[name], elsewhere[name].ask("version", peer=name).split("+")[0]
         if name == "onnxruntime":
             import_module("onnx")  # makes its graphs
         module = import_module(PEERS[name])
         return module, getattr(import_module(name), "__version__", "?").split("-")[0]
     except Exception as error:  # a broken installation raises anything at all
         return None, f"{type(error).__name__}: {error}".splitlines()[0][:160]
+
+
+def use_only(name):
+    """No other peer is imported; with None, all are."""
+    for other in set(PEERS) - {name} if name else ():
+        del PEERS[other]
 
 
 def installed():
@@ -50,7 +61,14 @@ def conv(case, t):
     if mmcv:
         yield "mmcv", mmcvs
     if torchvision:
-        yield "torchvision", lambda: torchvision.deform_conv2d(input, offset, weight, None, *geometry, mask)
+        # It has no bfloat16: under autocast it computes in float32.
+        computes_in = torch.float32 if case.dtype is torch.bfloat16 else case.dtype
+
+        def torchvisions():
+            x, o, w, m = (t if t is None else t.to(computes_in) for t in (input, offset, weight, mask))
+            return torchvision.deform_conv2d(x, o, w, None, *geometry, m).to(case.dtype)
+
+        yield "torchvision", torchvisions
 
 
 def roi_align(bins, ratio):

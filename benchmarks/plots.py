@@ -5,7 +5,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-from .report import ordered, select
+from .records import ordered, select
 
 plt.rcParams.update(
     {
@@ -82,7 +82,7 @@ def ratio_plot(results, path):
 
 
 def detector_plot(results, path):
-    rows = [row for row in results["times"] if row["operator"] == "detector"]
+    rows = [row for row in results["times"] if row["operator"] == "detector" and row["contenders"]]
     if not rows:
         return None
     figure, axes = plt.subplots(1, len(rows), figsize=(4 * len(rows), 2.2), squeeze=False)

@@ -8,17 +8,13 @@ import json
 from pathlib import Path
 
 from .goals import GOALS, judge
+from .records import milliseconds, ordered, select, title
 
 RESULTS = Path(__file__).parent / "results"
-# How columns and bars are ordered; what is not named comes last.
-ORDER = "plain", "dcn_plugin", "dcn_plugin, straight bins", "mmcv", "torchvision", "openvino", "onnxruntime"
 READING = """Ratios are medians (quartiles) of the ratio to the floor in the same round: the dense convolution of the
 same shape, dtype and memory format (openvino and onnxruntime: their own), a peer's RoI align, the plain detector.
-Smaller is better. [README.md](../README.md) explains the cases."""
-
-
-def ordered(names):
-    return sorted(names, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
+Smaller is better. The roofline is the least time by what this processor reaches in a copy and in a product.
+[README.md](../README.md) explains the cases."""
 
 
 def markdown(head, rows):
@@ -27,20 +23,12 @@ def markdown(head, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) if rows else ""
 
 
-def milliseconds(contender):
-    return f"{1e3 * contender['seconds'][1]:.4g}" if contender else ""
-
-
 def ratio_cell(contender):
     if "ratio" not in contender:
         return ""
     low, middle, high = contender["ratio"]
     digits = 1 if middle >= 10 else 2
     return f"{middle:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
-
-
-def select(results, operator, direction):
-    return [row for row in results["times"] if (row["operator"], row["direction"]) == (operator, direction)]
 
 
 def goal_table(results):
@@ -52,16 +40,28 @@ def goal_table(results):
     return markdown(["", "goal", "at most", "measured", "the worst of them"], lines)
 
 
+def roofline_cell(row):
+    """Milliseconds, and what sets them."""
+    if "roofline" not in row:
+        return ""
+    found = row["roofline"]
+    by_copy = found["bytes"] / found["copy_bytes_per_second"]
+    return f"{1e3 * found['seconds']:.3g} ({'bytes' if by_copy == found['seconds'] else 'operations'})"
+
+
 def ratio_table(rows):
-    """A line for each case: the floor and ours in milliseconds, and everyone's ratio to the floor."""
+    """A line for each case: the floor and ours in milliseconds, the roofline, and everyone's ratio to the floor."""
+    with_roofline = any("roofline" in row for row in rows)
     names = ordered({name for row in rows for name, found in row["contenders"].items() if "ratio" in found})
     floor = next((found["floor"] for row in rows for found in row["contenders"].values() if "floor" in found), "floor")
     lines = []
     for row in rows:
         contenders = row["contenders"]
         times = [milliseconds(contenders.get(name)) for name in (floor, "dcn_plugin")]
-        lines.append([row["case"], *times, *(ratio_cell(contenders.get(name, {})) for name in names)])
-    return markdown(["case", f"{floor}, ms", "dcn_plugin, ms", *names], lines)
+        least = [roofline_cell(row)] if with_roofline else []
+        lines.append([row["case"], *times, *least, *(ratio_cell(contenders.get(name, {})) for name in names)])
+    head = ["case", f"{floor}, ms", "dcn_plugin, ms", *(["roofline, ms"] if with_roofline else []), *names]
+    return markdown(head, lines)
 
 
 def thread_table(results):
@@ -69,7 +69,8 @@ def thread_table(results):
     found = {}
     for row in results["times"]:
         key = row["case"].split(" threads=")[0], row["direction"]
-        found.setdefault(key, {})[row["threads"]] = row["contenders"]
+        if {"dense", "dcn_plugin"} <= set(row["contenders"]):
+            found.setdefault(key, {})[row["threads"]] = row["contenders"]
     found = {key: times for key, times in found.items() if len(times) > 1}
     counts = sorted({count for times in found.values() for count in times})
     lines = []
@@ -108,10 +109,21 @@ def left_out(results):
     runs = {}
     for row in results["times"]:
         for name, reason in row["skipped"].items():
-            runs.setdefault((name, reason), []).append(f"{row['operator']} {row['case']} {row['direction']}")
+            runs.setdefault((name, reason), []).append(title(row["operator"], row["case"], row["direction"]))
     for (name, reason), titles in runs.items():
         lines.append(f"- {name}: {reason} ({', '.join(titles) if len(titles) < 4 else f'{len(titles)} runs'})")
     return "\n".join(lines)
+
+
+def failures(results):
+    """A line for each contender that should have run and did not, and what was not run at all."""
+    lines = [
+        f"- {title(row['operator'], row['case'], row['direction'])}: {name}: {reason}"
+        for row in results["times"]
+        for name, reason in row.get("failed", {}).items()
+    ]
+    not_run = results.get("not_run", [])
+    return "\n".join([*lines, *([f"- not run: {', '.join(not_run)}"] if not_run else [])])
 
 
 def machine_line(results):
@@ -139,6 +151,7 @@ def page(results):
         "Peak memory above inputs and outputs, MiB": memory_table(results),
         "Threads": thread_table(results),
         "Left out": left_out(results),
+        "Failed": failures(results),
     }
     parts = [f"# Benchmark: {results['name']}", f"`{results['command']}`: {machine_line(results)}", READING]
     parts += [f"## {heading}\n\n{body}" for heading, body in sections.items() if body]
