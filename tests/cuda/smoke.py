@@ -1,4 +1,9 @@
-"""Every kernel once on small tensors, compared with the reference: what compute-sanitizer runs (tools/gpu_check.py)."""
+"""Every kernel once on small tensors, compared with the reference: what compute-sanitizer runs (tools/gpu_check.py).
+
+python tests/cuda/smoke.py [cuda | cpu]
+"""
+
+import sys
 
 import torch
 
@@ -28,7 +33,7 @@ def compare(function, truth, tensors, tolerance):
         assert difference <= tolerance * torch.linalg.vector_norm(right), (function, difference)
 
 
-def main(device="cuda") -> None:
+def main(device: str) -> None:
     torch.manual_seed(0)
 
     def check_all(dtype, tolerance, memory_format, large):
@@ -86,6 +91,7 @@ def main(device="cuda") -> None:
         for memory_format in (torch.contiguous_format, torch.channels_last):
             for deterministic in (False, True):
                 torch.use_deterministic_algorithms(deterministic)
+                print(dtype, precision, memory_format, "deterministic" * deterministic, flush=True)
                 check_all(dtype, tolerance, memory_format, large=fused and not deterministic)
     if device == "cuda":
         torch.cuda.synchronize()
@@ -93,4 +99,4 @@ def main(device="cuda") -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*(sys.argv[1:] or ["cuda"]))
