@@ -33,7 +33,9 @@ def parse_args():
     add("--budget", type=float, help="seconds for each contender in each run (1; quick: 0.2)")
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
     add("--seconds", type=float, default=math.inf, help="start no run after so many seconds")
-    add("--torchvision-from", metavar="FOLDER", type=Path, help="CPU: time the torchvision that FOLDER holds, elsewhere")
+    add(
+        "--torchvision-from", metavar="FOLDER", type=Path, help="CPU: time the torchvision that FOLDER holds, elsewhere"
+    )
     add("--results", type=Path, default=report.RESULTS, help="folder to write into (benchmarks/results)")
     add("--json-only", action="store_true", help="make no tables and plots in the end")
     args = parser.parse_args()

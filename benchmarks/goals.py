@@ -1,4 +1,7 @@
-"""What the project wants of itself on a CPU with two threads, and what became of it; smaller is better everywhere."""
+"""What the project wants of itself, on a CPU with two threads and on one H100 or H200, and what became of it.
+
+Smaller is better everywhere.
+"""
 
 from dataclasses import dataclass
 
@@ -24,7 +27,7 @@ DEPTHWISE = ("c4 depthwise", "c4 depthwise channels_last")
 VARIANTS = tuple(f"c4 {v}" for v in ("deform_groups 4", "1x1", "5x5", "stride 2", "dilation 2"))
 ROI = ("FPN sampling_ratio 2", "FPN sampling_ratio 0")
 DETECTOR = ("Faster R-CNN R50-FPN, 2 images 320x320",)
-GOALS = (
+CPU_GOALS = (
     Goal("v2 forward, float32, 3x3", 1.15, 1.35, STAGES),
     Goal("the same, channels_last", 1.15, 1.3, LAST),
     Goal("the same, (1, 64, 56, 56)", 1.5, 1.9, SMALL),
@@ -42,6 +45,21 @@ GOALS = (
     *(Goal(f"forward, to {peer}'s", None, 1, STAGES, over=peer) for peer in ("openvino", "onnxruntime")),
     Goal("Faster R-CNN training iteration, to the plain one's", 1.15, 1.3, DETECTOR, "training iteration", "detector"),
 )  # fmt: skip
+C3, C4, C5 = (tuple(f"{stage} channels_last {dtype}" for dtype in ("bfloat16", "float16")) for stage in STAGES)
+TF32 = tuple(f"{stage} channels_last TF32" for stage in STAGES)
+CUDA_GOALS = (
+    Goal("v2 forward, bfloat16 and float16, 3x3", 1.5, 2.5, (*C4, *C5)),
+    Goal("the same, c3", 1.8, 3, C3),
+    Goal("forward, TF32", 1.5, 2.2, TF32),
+    Goal("forward, strict float32", 1.25, 1.6, LAST),
+    Goal("forward + backward, bfloat16 and float16", 2, 3.5, (*C3, *C4, *C5), BOTH),
+    Goal("depthwise forward", 2, 5, ("c4 depthwise channels_last bfloat16",)),
+    Goal("RoI align forward + backward, to torchvision's roi_align", 1.1, 1.5,
+         ("FPN sampling_ratio 2 channels_last",), BOTH, "deform_roi_align", "torchvision"),
+    Goal("forward, to torchvision's", 1 / 5, 1 / 3, LAST, over="torchvision"),
+    Goal("with backward, to torchvision's", 1 / 6, 1 / 3, LAST, BOTH, over="torchvision"),
+)  # fmt: skip
+GOALS = dict(cpu=CPU_GOALS, cuda=CUDA_GOALS)
 
 
 def figure(goal, case, results):

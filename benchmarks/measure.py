@@ -45,9 +45,7 @@ def call_of(contender, direction):
     with torch.no_grad():
         outputs = memory.tensors_of(within(contender.environment, contender.run)())
     generator = torch.Generator(outputs[0].device).manual_seed(0)  # the same ones for each, in its memory format
-    gradients = [
-        torch.empty_like(x).copy_(torch.randn(x.shape, generator=generator, device=x.device)) for x in outputs
-    ]
+    gradients = [torch.empty_like(x).copy_(torch.randn(x.shape, generator=generator, device=x.device)) for x in outputs]
 
     def run():
         return torch.autograd.grad(memory.tensors_of(contender.run()), contender.leaves, gradients)

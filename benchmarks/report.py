@@ -33,10 +33,11 @@ def ratio_cell(contender):
 
 def goal_table(results):
     lines = []
-    for goal in GOALS:
+    for goal in GOALS[results["device"]]:
         found, verdict = judge(goal, results)
         figures = ", ".join(f"{case} {value:.3g}" for case, value in found.items())
-        lines.append([goal.what, goal.goal or "", f"{goal.at_most:g}", figures, verdict])
+        wanted = f"{goal.goal:.3g}" if goal.goal else ""
+        lines.append([goal.what, wanted, f"{goal.at_most:.3g}", figures, verdict])
     return markdown(["", "goal", "at most", "measured", "the worst of them"], lines)
 
 
@@ -142,7 +143,7 @@ def machine_line(results):
 
 def page(results):
     """The whole Markdown page."""
-    sections = {"Goals": goal_table(results) if results["device"] == "cpu" else ""}
+    sections = {"Goals": goal_table(results)}
     for operator in ("deform_conv2d", "deform_roi_align", "deform_ps_roi_pool"):
         for direction in ("forward", "forward+backward"):
             sections[f"{operator}, {direction}"] = ratio_table(select(results, operator, direction))

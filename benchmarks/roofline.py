@@ -1,8 +1,9 @@
 """The least time a case can take on this processor: that of its bytes in a copy, or of its operations in a product.
 
-Bytes are those of every input and output, each moved once; with the backward, inputs are read again, the gradient of the
-output is read and the gradients of the inputs are written. Operations are multiplications and additions of the product
-and of interpolating the samples; the backward has twice as many as the forward. What fits in a cache may be faster.
+Bytes are those of every input and output, each moved once; with the backward, inputs are read again, the gradient of
+the output is read and the gradients of the inputs are written. Operations are multiplications and additions of the
+product and of interpolating the samples; the backward has twice as many as the forward. What fits in a cache may be
+faster.
 """
 
 from functools import cache

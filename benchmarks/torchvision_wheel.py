@@ -1,7 +1,7 @@
 """Lets a torchvision wheel built for CUDA run its CPU kernels on a CPU build of PyTorch, in a process of its own.
 
-torchvision/_C.so is linked against CUDA libraries, of which its CPU kernels call nothing. Libraries of these names, whose
-functions do nothing and return 0, stand in for them on that process's library path.
+torchvision/_C.so is linked against CUDA libraries, of which its CPU kernels call nothing. Libraries of these names,
+whose functions do nothing and return 0, stand in for them on that process's library path.
 """
 
 import os

@@ -2,8 +2,8 @@
 
 python3 tools/gpu_check.py FOLDER
 
-FOLDER receives gpu_check.json (how every step ended), cuda.json (the benchmark) and logs.tar (a log a step), all written
-as it goes: whenever it is stopped, they hold what there was, and the log of a step in progress lies beside them.
+FOLDER receives gpu_check.json (how every step ended), cuda.json (the benchmark) and logs.tar (a log a step), all
+written as it goes: whenever it is stopped, they hold what there was, and the log of a step in progress lies beside them.
 
 Needs nvcc and a python3 with torch >= 2.10 (and setuptools, which torch brings). Without pytest the comparisons of
 tests/cuda/smoke.py are all that is tested; compute-sanitizer and torchvision are used where they are. Nothing is
@@ -204,8 +204,8 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 2
     gpu = torch.cuda.is_available()
-    if not gpu or torch.cuda.get_device_capability() < (8, 0):
-        print("the kernels need a GPU of compute capability 8.0 or later" if gpu else "PyTorch sees no GPU here")
+    if not gpu or torch.cuda.get_device_capability() < (7, 5):
+        print("the kernels need a GPU of compute capability 7.5 or later" if gpu else "PyTorch sees no GPU here")
         return 2
     if find_tool("nvcc") is None:
         print("nvcc is not on the PATH")

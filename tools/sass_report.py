@@ -2,18 +2,21 @@
 
 python tools/sass_report.py LIBRARY [--match fused] [--warps 8] [--matrix-trips N]
 
-LIBRARY is dcn_plugin/_cuda.so, or anything else that cuobjdump reads. It and nvdisasm come with the CUDA toolkit, with the
-packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm, or with triton.
+LIBRARY is dcn_plugin/_cuda.so, or anything else that cuobjdump reads. It and nvdisasm come with the CUDA toolkit, with
+the packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm, or with triton.
 
-The main loop is the smallest one that has the most matrix instructions; an iteration of it is one chunk of the depth. Loops
-within it count as often as they run where that is a constant, else once (marked +), those of matrix instructions N times;
-what a branch may skip counts as well.
-Cycles are a multiprocessor's for one iteration of one block of so many warps:
-- issue: four instructions a cycle; matrix: by the rates below; memory: 128 bytes a cycle for loads and stores of any kind.
-- ratio: to the dense convolution's cycles for the same products. The lower figure assumes that all three overlap, as with
-  several blocks on a multiprocessor; the upper one that a block waits at its barrier, so that only what stands between
-  the first and the last matrix instruction overlaps with the products.
-Shared memory is the static part; what a launch adds depends on the tile and the shape.
+The main loop is the smallest one that has the most matrix instructions; an iteration of it is one chunk of the depth.
+Loops within it count as often as they run where that is a constant; else once (marked +), or N times if they have matrix
+instructions. What a branch may skip counts as well. Cycles are a multiprocessor's for one iteration of one block:
+- issue: four instructions a cycle;
+- memory: 128 bytes a cycle for loads and stores of any kind, as if they always hit the first-level cache;
+- matrix: by the rates in RATES, where they are known for the GPU.
+The ratio is to the dense convolution's cycles for the same products. The lower figure assumes that all three overlap,
+as with several blocks on a multiprocessor; the upper one that a block waits at its barrier, so that only what stands
+between the first and the last matrix instruction overlaps with the products.
+
+"first" is the position of the first matrix instruction in the loop; "smem" is static shared memory, to which a launch adds
+what the tile and the shape need.
 """
 
 import argparse
@@ -276,7 +279,9 @@ def main():
 
     def dump(what):
         command = [shutil.which("cuobjdump", path=path), what, options.library]
-        return subprocess.run(command, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            command, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=True
+        ).stdout
 
     kernels = [kernel for kernel in parse_sass(dump("-sass")) if options.match in kernel.name]
     resources = parse_resources(dump("-res-usage"))

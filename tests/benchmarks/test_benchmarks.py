@@ -1,19 +1,24 @@
 """The benchmark measures what it says; how fast anything is, no test says."""
 
+import ast
 import json
+import os
 import subprocess
 import sys
+import time
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import dcn_plugin
-from benchmarks import cases, detector, memory, report
-from benchmarks.__main__ import main
+from benchmarks import __main__ as program
+from benchmarks import cases, detector, measure, memory, remote, report, roofline
 from benchmarks.cases import Contender, Conv, PSRoI, RoI
 from benchmarks.goals import GOALS, Goal, judge
-from benchmarks.measure import LEAST_ROUNDS, interleave, measure, quartiles, ratios, runnable
+from benchmarks.timing import LEAST_ROUNDS, interleave, quartiles, ratios
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,7 +78,7 @@ class Fake(Conv):
 
 @pytest.mark.parametrize("direction", Fake.directions)
 def test_peer_is_timed_only_where_its_result_is_ours(direction):
-    row = measure(Fake("fake"), direction, "cpu", 1, budget=0.001)
+    row = measure.measure(Fake("fake"), direction, "cpu", 1, budget=0.001)
     expected = {"dense", "dcn_plugin", "right"} | ({"inference"} if direction == "forward" else set())
     assert set(row["contenders"]) == expected
     reasons = row["skipped"]
@@ -88,13 +93,52 @@ def test_peer_is_timed_only_where_its_result_is_ours(direction):
     assert {name for name, found in row["contenders"].items() if "to_ours" in found} == expected - {"dcn_plugin"}
 
 
-def test_own_failure_is_an_error():
+def test_own_failure_is_in_the_row():
     class Broken(Fake):
         def contenders(self, device, threads):
-            yield Contender("dcn_plugin", lambda: torch.zeros(2) @ torch.zeros(3))
+            x = torch.ones(3)
+            yield Contender("dense", lambda: x + 1)
+            yield Contender("dcn_plugin", lambda: torch.zeros(2) @ x)
+            yield Contender("dcn_plugin, columns", lambda: x, agrees_with="dense")
+            yield Contender("peer", lambda: x, agrees_with="dcn_plugin", optional=True)
 
-    with pytest.raises(RuntimeError, match="size"):
-        runnable(Broken("broken"), "forward", "cpu", 1)
+    row = measure.measure(Broken("broken"), "forward", "cpu", 1, budget=0.001)
+    assert set(row["contenders"]) == {"dense"}
+    assert row["failed"]["dcn_plugin"].startswith("RuntimeError: inconsistent tensor size")
+    assert row["failed"]["dcn_plugin, columns"].startswith("its result differs")
+    assert row["skipped"] == {"peer": "there is nothing to compare it with"}
+
+
+def test_case_that_cannot_be_made_is_in_the_row():
+    class Unmakeable(Fake):
+        def contenders(self, device, threads):
+            raise MemoryError
+
+    row = measure.measure(Unmakeable("unmakeable"), "forward", "cpu", 1, budget=0.001)
+    assert row["case"] == "unmakeable"
+    assert row["failed"] == {"the run": "MemoryError: "}
+    assert not row["contenders"]
+
+
+def test_environment_is_set_while_a_contender_runs():
+    seen = []
+    x = torch.ones(1, requires_grad=True)
+
+    class Seen(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            seen.append(os.environ.get("ONLY_HERE"))
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(os.environ.get("ONLY_HERE"))
+            return grad
+
+    contender = Contender("", lambda: Seen.apply(x), (x,), environment={"ONLY_HERE": "1"})
+    measure.call_of(contender, "forward+backward")()
+    assert seen == ["1", "1", "1"]
+    assert "ONLY_HERE" not in os.environ
 
 
 SMALL = [
@@ -112,7 +156,8 @@ SMALL = [
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.label)
 def test_installed_peers_take_part(mmcv_ops, case, direction):
     """mmcv is there wherever this suite runs: that it agrees means that both were asked for the same thing."""
-    contenders, calls, skipped = runnable(case, direction, "cpu", 2)
+    contenders, calls, skipped, failed = measure.runnable(case, direction, "cpu", 2)
+    assert not failed
     assert {"dcn_plugin", "mmcv"} <= set(calls)
     assert set(skipped) <= {"mmcv deform_roi_pool", "openvino", "openvino dense", "onnxruntime", "onnxruntime dense"}
     if isinstance(case, Conv) and direction == "forward":  # the dense one is the same convolution
@@ -123,7 +168,7 @@ def test_installed_peers_take_part(mmcv_ops, case, direction):
 def test_zero_offsets_without_mask_are_the_dense_convolution():
     for options in (dict(stride=2), dict(kernel=5, dilation=2), dict(groups=8)):
         case = Conv("", shape=(1, 8, 9, 7), offset_pixels=0.0, modulated=False, **options)
-        _, calls, _ = runnable(case, "forward", "cpu", 1)
+        _, calls, _, _ = measure.runnable(case, "forward", "cpu", 1)
         torch.testing.assert_close(calls["dense"](), calls["dcn_plugin"]())
 
 
@@ -131,9 +176,8 @@ def test_zero_offsets_without_mask_are_the_dense_convolution():
 def test_names_are_unique_and_goals_name_them(device):
     found = [(case.operator, case.name) for case in cases.cases(device, threads=2)]
     assert len(set(found)) == len(found)
-    if device == "cpu":
-        wanted = {(goal.operator, case) for goal in GOALS for case in goal.cases if goal.operator != "detector"}
-        assert wanted <= set(found)
+    goals = [goal for goal in GOALS[device] if goal.operator != "detector"]
+    assert {(goal.operator, case) for goal in goals for case in goal.cases} <= set(found)
 
 
 def test_peak_memory_is_what_a_call_held_above_its_result():
@@ -229,25 +273,25 @@ def test_smallest_case_runs_from_end_to_end(tmp_path):
 
 def test_torch_is_all_it_needs():
     absent = ("numpy", "matplotlib", "mmcv", "mmdet", "mmengine", "torchvision", "openvino", "onnx")
-    program = f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
-    program += "import benchmarks.measure, benchmarks.report as report, benchmarks.peers as peers\n"
-    program += "from benchmarks.__main__ import cases, detector_cases, measure\n"
-    program += "assert not list(detector_cases('cpu')) and not peers.installed()[0]\n"
-    program += "case = next(c for c in cases('cpu', 1) if c.label == 'tiny')\n"
-    program += "row = measure(case, 'forward', 'cpu', 1, 0.001); print(*row['contenders'])"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, capture_output=True, text=True)
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
+    code += "import benchmarks.report as report, benchmarks.peers as peers\n"
+    code += "from benchmarks.__main__ import cases, detector_cases, measure\n"
+    code += "assert not list(detector_cases('cpu')) and not peers.installed()[0]\n"
+    code += "case = next(c for c in cases('cpu', 1) if c.label == 'tiny')\n"
+    code += "row = measure(case, 'forward', 'cpu', 1, 0.001); print(*row['contenders'])"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split() == ["dense", "dcn_plugin"], done.stderr
 
 
 def test_nothing_matching_is_an_error(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["benchmarks", "--only", "no such case"])
     with pytest.raises(SystemExit, match="nothing matches 'no such case'"):
-        main()
+        program.main()
 
 
 def test_memory_is_measured_in_a_process_of_its_own():
     case = Conv("c5", shape=(2, 512, 25, 38))
-    found = memory.measure(case, "forward", 1, ["dense", "dcn_plugin", "openvino"])
+    found = measure.cpu_peaks(case, "forward", 1, ["dense", "dcn_plugin", "openvino"])
     assert set(found) == {"dense", "dcn_plugin"}
     assert 2**16 < found["dcn_plugin"] < 2**27  # the scratch of a tile at least, and no matrix of columns
 
@@ -263,3 +307,142 @@ def test_detector_trains_with_deformable_stages():
     detector.train(optimizer, model.train(), *case.batch("cpu"))
     assert not torch.equal(before, model.roi_head.bbox_head.fc_cls.bias)
     assert len(detector.infer(model.eval(), *case.batch("cpu"))) == case.images
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    imports = {}
+    for file in (ROOT / "benchmarks").glob("*.py"):
+        imports[file.stem] = set()
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 1:
+                names = [node.module] if node.module else [alias.name for alias in node.names]
+                imports[file.stem] |= {name.split(".")[0] for name in names}
+    assert "timing" in imports["measure"]
+    TopologicalSorter(imports).prepare()  # CycleError names a cycle
+
+
+def test_roofline_is_the_slower_of_copy_and_product(monkeypatch):
+    monkeypatch.setattr(roofline, "copy_rate", lambda *_: 1e9)
+    monkeypatch.setattr(roofline, "product_rate", lambda *_: 1e12)
+    found = roofline.roofline("cpu", torch.float32, 2, False, 3000, 1000, 5_000_000, backward=False)
+    assert (found["bytes"], found["operations"], found["seconds"]) == (4000, 5_000_000, 5e-6)
+    found = roofline.roofline("cpu", torch.float32, 2, False, 3000, 1000, 1000, backward=True)
+    assert (found["bytes"], found["operations"], found["seconds"]) == (11000, 3000, 11e-6)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.label)
+def test_roofline_of_each_case(case, monkeypatch):
+    monkeypatch.setattr(roofline, "copy_rate", lambda *_: 1e9)
+    monkeypatch.setattr(roofline, "product_rate", lambda *_: 1e10)
+    found = measure.measure(case, "forward", "cpu", 1, 0.001)["roofline"]
+    if isinstance(case, Conv):
+        t = case.tensors("cpu")
+        n, c, h, w = F.conv2d(
+            t["input"], t["weight"], None, case.stride, case.padding, case.dilation, case.groups
+        ).shape
+        samples = n * h * w * case.kernel**2 * c
+        assert found["operations"] == samples * 8 + 2 * n * c * h * w * t["weight"][0].numel()
+        assert found["bytes"] == 4 * (n * c * h * w + sum(x.numel() for x in t.values() if x is not None))
+    else:
+        outputs = case.rois * case.channels * case.bins**2
+        assert found["operations"] == outputs * case.sampling_ratio**2 * 8
+    assert found["seconds"] > 0
+
+
+@pytest.fixture
+def folder_with_torchvision(tmp_path):
+    """A package of torchvision's name, whose library needs two CUDA libraries that are nowhere, one of them with versioned
+    symbols.
+    """
+    if sys.platform != "linux":
+        pytest.skip("for Linux")
+    gone, package = tmp_path / "gone", tmp_path / "site/torchvision"
+    gone.mkdir()
+    package.mkdir(parents=True)
+    cudart, torch_cuda = gone / "libcudart.so.99", gone / "libtorch_cuda_nowhere.so"
+    (gone / "a.c").write_text("int cudaOne(void) { return 1; }")
+    (gone / "a.map").write_text("libcudart.so.99 { cudaOne; };")
+    (gone / "b.c").write_text("int of_torch(void) { return 1; } int table[4];")
+    (gone / "c.c").write_text(
+        "int cudaOne(void); int of_torch(void); extern int table[4]; int *table_at(void) { return table; }\n"
+        "int answer(void) { return 41 + (cudaOne() == 0) + of_torch(); }"
+    )
+
+    def link(source, target, *options):
+        command = ["cc", "-shared", "-fPIC", f"-Wl,-soname,{target.name}", "-o", target, gone / source, *options]
+        subprocess.run(command, check=True)
+
+    link("a.c", cudart, f"-Wl,--version-script={gone / 'a.map'}")
+    link("b.c", torch_cuda)
+    link("c.c", package / "_C.so", cudart, torch_cuda)
+    cudart.unlink(), torch_cuda.unlink()
+    (package / "__init__.py").write_text(
+        "import ctypes, os\n"
+        "answer = ctypes.CDLL(os.path.dirname(__file__) + '/_C.so').answer()\n"
+        "assert answer == 42, answer\n"  # what stands in returns 0
+        "__version__ = '9.9+cu99'\n"
+    )
+    (package / "ops.py").write_text("from dcn_plugin.ops import deform_conv2d\n")
+    return package.parent
+
+
+def test_torchvision_in_a_process_of_its_own(folder_with_torchvision, tmp_path):
+    options = ["--only", "conv2d tiny", "--budget", "0.01", "--results", tmp_path, "--json-only"]
+    command = [sys.executable, "-m", "benchmarks", *options, "--torchvision-from", folder_with_torchvision]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "cpu-partial.json").read_text())
+    assert results["machine"]["peers"]["torchvision"] == "9.9"
+    for row in results["times"]:
+        assert row["contenders"]["torchvision"]["rounds"] >= LEAST_ROUNDS, row["skipped"]
+        assert row["contenders"]["torchvision"]["to_ours"][1] > 0
+
+
+def test_folder_without_torchvision_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--only", "conv2d tiny", "--torchvision-from", str(tmp_path)])
+    with pytest.raises(SystemExit, match="torchvision/_C.so does not exist"):
+        program.main()
+
+
+def test_worker_says_what_went_wrong():
+    with remote.Process(DCN_BENCHMARK_PEERS="torchvision") as process:
+        with pytest.raises(RuntimeError, match="StopIteration"):
+            process.ask("run", operator="none", case="", direction="forward", threads=1, contender="", result="")
+        with pytest.raises(RuntimeError, match="not asked for"):
+            process.ask("version", peer="mmcv")
+        process.process.kill()
+        with pytest.raises(RuntimeError, match="its process ended with status -9"):
+            process.ask("version", peer="torchvision")
+
+
+def test_ends_when_its_time_is_up(monkeypatch, tmp_path):
+    """The record is written after each run, and names what is left."""
+    seen = []
+
+    def fake_measure(case, direction, *_):
+        path = tmp_path / "cpu-partial.json"
+        seen.append(json.loads(path.read_text())["not_run"] if path.exists() else None)
+        time.sleep(0.3)
+        return row(case.name, direction) | dict(failed={})
+
+    monkeypatch.setattr(program, "measure", fake_measure)
+    arguments = ["--only", "conv2d (tiny|small) forward", "--seconds", "0.5", "--results", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
+    assert program.main() == 0
+    left = ["small forward+backward", "tiny forward", "tiny forward+backward"]
+    assert seen == [None, [f"deform_conv2d {name}" for name in left]]
+    page = (tmp_path / "cpu-partial.md").read_text()
+    assert "- not run: deform_conv2d tiny forward, deform_conv2d tiny forward+backward" in page
+
+
+def test_failures_are_on_the_page():
+    broken = row("c4") | dict(failed={"dcn_plugin": "RuntimeError: no"}, shape=[1, 2, 3, 4])
+    page = report.page(RESULTS | dict(times=[*RESULTS["times"], broken], not_run=["a run"]))
+    assert "- deform_conv2d c4 forward: dcn_plugin: RuntimeError: no\n- not run: a run" in page
+
+
+def test_roofline_is_on_the_page():
+    limit = dict(bytes=4e6, operations=1e9, copy_bytes_per_second=1e9, product_operations_per_second=1e12, seconds=4e-3)
+    page = report.page(RESULTS | dict(times=[RESULTS["times"][0] | dict(roofline=limit), *RESULTS["times"][1:]]))
+    assert "| c3 | 10 | 12.5 | 4 (bytes) | 1.25" in page
+    assert "| c4 | 10 | 12 |  | 1.20" in page  # an older record has none

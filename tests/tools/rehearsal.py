@@ -1,5 +1,7 @@
-"""Runs the whole of tools/gpu_check.py without a GPU: a device, nvcc and compute-sanitizer that are made up, and in place
-of each step's command a program that says what it does, leaves what the step leaves, and ends as it is told.
+"""Runs the whole of tools/gpu_check.py without a GPU.
+
+The device, nvcc and compute-sanitizer are made up; in place of each step's command stands one that says what it does,
+leaves what the step leaves, and ends as it is told.
 
 python tests/tools/rehearsal.py FOLDER STEP END      STEP ends like END, all others pass
 """

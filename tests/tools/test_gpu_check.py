@@ -135,11 +135,13 @@ def test_tool_that_does_not_work_here(gpu_check, tmp_path, capsys):
 
 
 def test_time_is_shared_out(gpu_check, tmp_path):
-    """The benchmark has what the steps before it left, the steps after it what is theirs, and none more than there is."""
+    """The benchmark has what the steps before it left, those after it what is theirs, and none more than there is."""
     step = gpu_check.Step
     say = ["echo", "{seconds}"]
     check = gpu_check.Check(tmp_path, ROOT, dict(os.environ), {})
-    check.run_all([[step("build", say, 100)], [step("all", say, 50, takes_the_rest=True)], [step("last", say, 60)]], 300)
+    check.run_all(
+        [[step("build", say, 100)], [step("all", say, 50, takes_the_rest=True)], [step("last", say, 60)]], 300
+    )
     said = {name: int(result.last_line) for name, result in check.results.items()}
     assert said["build"] == 80
     assert 200 < said["all"] <= 220
