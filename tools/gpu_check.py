@@ -3,7 +3,8 @@
 python3 tools/gpu_check.py FOLDER
 
 FOLDER receives gpu_check.json (how every step ended), cuda.json (the benchmark) and logs.tar (a log a step), all
-written as it goes: whenever it is stopped, they hold what there was, and the log of a step in progress lies beside them.
+written as it goes: whenever it is stopped, they hold what there was, and the log of a step in progress lies beside
+them.
 
 Needs nvcc and a python3 with torch >= 2.10 (and setuptools, which torch brings). Without pytest the comparisons of
 tests/cuda/smoke.py are all that is tested; compute-sanitizer and torchvision are used where they are. Nothing is

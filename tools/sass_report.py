@@ -6,8 +6,8 @@ LIBRARY is dcn_plugin/_cuda.so, or anything else that cuobjdump reads. It and nv
 the packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm, or with triton.
 
 The main loop is the smallest one that has the most matrix instructions; an iteration of it is one chunk of the depth.
-Loops within it count as often as they run where that is a constant; else once (marked +), or N times if they have matrix
-instructions. What a branch may skip counts as well. Cycles are a multiprocessor's for one iteration of one block:
+Loops within it count as often as they run where that is a constant; else once (marked +), or N times if they have
+matrix instructions. What a branch may skip counts as well. Cycles are a multiprocessor's for one iteration of one block:
 - issue: four instructions a cycle;
 - memory: 128 bytes a cycle for loads and stores of any kind, as if they always hit the first-level cache;
 - matrix: by the rates in RATES, where they are known for the GPU.
@@ -15,8 +15,8 @@ The ratio is to the dense convolution's cycles for the same products. The lower 
 as with several blocks on a multiprocessor; the upper one that a block waits at its barrier, so that only what stands
 between the first and the last matrix instruction overlaps with the products.
 
-"first" is the position of the first matrix instruction in the loop; "smem" is static shared memory, to which a launch adds
-what the tile and the shape need.
+"first" is the position of the first matrix instruction in the loop. "smem" is static shared memory, to which a launch
+adds what the tile and the shape need.
 """
 
 import argparse

@@ -351,9 +351,7 @@ def test_roofline_of_each_case(case, monkeypatch):
 
 @pytest.fixture
 def folder_with_torchvision(tmp_path):
-    """A package of torchvision's name, whose library needs two CUDA libraries that are nowhere, one of them with versioned
-    symbols.
-    """
+    """A package of torchvision's name, whose library needs two CUDA libraries that are nowhere, one with versions."""
     if sys.platform != "linux":
         pytest.skip("for Linux")
     gone, package = tmp_path / "gone", tmp_path / "site/torchvision"
