@@ -104,11 +104,15 @@ class Conv(Case):
         out, taps = self.out_size, self.deform_groups * self.kernel**2
         randn = partial(torch.randn, device=device)
         weight = randn(c, c // self.groups, self.kernel, self.kernel)
+        offset = randn(n, 2 * taps, *out) * self.offset_pixels
+        if self.dtype.itemsize == 2 and self.offset_pixels:
+            # Held exactly, and never on a pixel, where gradients jump and conventions differ.
+            offset = ((offset * 8).floor() + 0.5) / 8
         mask = torch.rand(n, taps, *out, device=device) if self.modulated else None
         return dict(
             input=self.leaf(randn(self.shape), is_map=True),
             weight=self.leaf(weight / weight[0].numel() ** 0.5, is_map=True),
-            offset=self.leaf(randn(n, 2 * taps, *out) * self.offset_pixels),
+            offset=self.leaf(offset),
             mask=self.leaf(mask) if self.modulated else None,
         )
 

@@ -44,6 +44,11 @@ def installed():
     return tuple({name: said for name, (m, said) in found.items() if (m is None) == gone} for gone in (False, True))
 
 
+def as_under_autocast(tensor):
+    """What torchvision's operators get under autocast: float32, for they lack bfloat16 and round positions to float16."""
+    return tensor.float() if tensor.dtype.itemsize == 2 else tensor
+
+
 def conv(case, t):
     """Deformable convolutions of the tensors ``t``: (name, run)."""
     input, weight, offset, mask = t.values()
@@ -61,11 +66,9 @@ def conv(case, t):
     if mmcv:
         yield "mmcv", mmcvs
     if torchvision:
-        # It has no bfloat16: under autocast it computes in float32.
-        computes_in = torch.float32 if case.dtype is torch.bfloat16 else case.dtype
 
         def torchvisions():
-            x, o, w, m = (t if t is None else t.to(computes_in) for t in (input, offset, weight, mask))
+            x, o, w, m = (t if t is None else as_under_autocast(t) for t in (input, offset, weight, mask))
             return torchvision.deform_conv2d(x, o, w, None, *geometry, m).to(case.dtype)
 
         yield "torchvision", torchvisions
@@ -83,9 +86,12 @@ def roi_align(bins, ratio):
             )
         )
     if torchvision := load("torchvision")[0]:
-        straight.append(
-            ("torchvision", lambda x, rois, _, s: torchvision.roi_align(x, rois, bins, s, ratio, aligned=True))
-        )
+
+        def torchvisions(x, rois, _, scale):
+            x32, rois32 = as_under_autocast(x), as_under_autocast(rois)
+            return torchvision.roi_align(x32, rois32, bins, scale, ratio, aligned=True).to(x.dtype)
+
+        straight.append(("torchvision", torchvisions))
     return straight, moving
 
 

@@ -7,7 +7,7 @@ the packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm, or with triton.
 
 The main loop is the smallest one that has the most matrix instructions; an iteration of it is one chunk of the depth.
 Loops within it count as often as they run where that is a constant; else once (marked +), or N times if they have
-matrix instructions. What a branch may skip counts as well. Cycles are a multiprocessor's for one iteration of one block:
+matrix instructions. What a branch may skip counts as well. Cycles are a multiprocessor's, for an iteration of a block:
 - issue: four instructions a cycle;
 - memory: 128 bytes a cycle for loads and stores of any kind, as if they always hit the first-level cache;
 - matrix: by the rates in RATES, where they are known for the GPU.
