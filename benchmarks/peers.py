@@ -45,7 +45,7 @@ def installed():
 
 
 def as_under_autocast(tensor):
-    """What torchvision's operators get under autocast: float32, for they lack bfloat16 and round positions to float16."""
+    """What autocast gives torchvision, whose operators lack bfloat16 and round positions to float16: float32."""
     return tensor.float() if tensor.dtype.itemsize == 2 else tensor
 
 
