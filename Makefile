@@ -3,9 +3,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG := configs/digits/fcos_r50-dcnv2-c3-c5_digits.py
 WORK_DIR := work_dirs/digits
+CUDA_BUILD := build/cuda
+OUT ?= build/gpu-check
+CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
+
+export OMP_WAIT_POLICY := passive # with a busy neighbour, threads that spin are up to 30 times slower
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench clean
+.PHONY: help setup setup-dev demo test lint format docs bench cuda sdist wheel gpu-check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -13,21 +18,47 @@ help:  ## list the targets
 setup:  ## create .venv with pinned dependencies and build the package (about 10 minutes, once)
 	@tools/setup_env.sh
 
+setup-dev:  ## the same and what lint, docs and wheel need
+	@tools/setup_env.sh dev
+
 demo: setup  ## train and test a deformable detector on handwritten digits (under 10 minutes; FORCE=1 trains again)
 	@$(BIN)/python projects/digits/demo.py --config $(CONFIG) --work-dir $(WORK_DIR) $(if $(FORCE),--force)
 
-test: setup lint  ## run lint and the test-suite
-	$(BIN)/python -m pytest
+test: lint docs  ## check style, types and links, and run the test-suite (ARGS="-m 'not slow'": without its slow tests)
+	$(BIN)/python -m pytest $(ARGS)
 
-lint: setup  ## run the linters over all files
-	$(BIN)/python -m pre_commit run --all-files
+lint: setup-dev  ## check all files; changes nothing
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/codespell
+	! git grep -nIE '[[:space:]]+$$' -- ':!*.svg'
+	$(BIN)/mypy
+	$(BIN)/zizmor --offline --quiet .github/workflows
 
-format: lint  ## as lint: the linters fix what they can
+format: setup-dev  ## change files to what lint wants, where a program can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+docs: setup-dev  ## make the site of docs/ and the docstrings, in build/site; a broken link is an error
+	$(BIN)/mkdocs build --quiet --strict
 
 bench: setup  ## time operators and a detector beside their peers (20 minutes; ARGS="--quick": one)
 	$(BIN)/python -m benchmarks $(ARGS)
 
+cuda: setup  ## compile the CUDA operators (needs nvcc, no GPU) and list registers; a spill is an error
+	DCN_PLUGIN_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace --build-temp $(CUDA_BUILD)
+	$(BIN)/python tools/ptxas_report.py $(CUDA_BUILD) --no-spills
+
+sdist: setup  ## make the source distribution, in dist/
+	$(BIN)/python -m build --sdist --no-isolation
+
+wheel: setup-dev  ## make one wheel of the CPU and CUDA operators, for every Python and PyTorch >= 2.10, in dist/
+	tools/make_wheel.sh
+
+gpu-check:  ## on a machine with an NVIDIA GPU and nvcc: build, test and measure; python3 needs torch alone (OUT=folder)
+	python3 tools/gpu_check.py $(OUT)
+
 clean:  ## remove what was built; data, trained models and .venv stay
 	rm -rf build dist *.egg-info dcn_plugin/_*.so $(VENV)/stamps/package
-
--include cuda.mk

@@ -4,16 +4,20 @@ The libraries contain no Python symbol: one build serves every torch >= 2.10 and
 ``torch.ops.load_library`` loads it. Files under csrc/cpu/simd are compiled once per instruction set;
 which one runs is decided at run time (csrc/cpu/dispatch.h).
 
-The CUDA library is built where nvcc is found and torch has CUDA. In the environment, DCN_PLUGIN_CUDA=0 leaves it out
-and 1 insists on it, whatever torch this is: it needs the headers alone ("only" leaves out the CPU library instead);
-DCN_PLUGIN_CUDA_ARCHS="90" (say) narrows it to the compute capabilities named, of 8.0 at least; MAX_JOBS limits the
-compilers at work.
+The CUDA library is built where nvcc is found and torch has CUDA. In the environment:
+
+DCN_PLUGIN_CUDA=0        leaves it out; 1 insists on it, whatever torch this is: it needs the headers alone;
+                         "only" leaves out the CPU library instead
+CUDA_HOME                the CUDA toolkit whose nvcc compiles it (otherwise that of the PATH)
+TORCH_CUDA_ARCH_LIST     compute capabilities to build for, as "9.0" or "8.0 9.0+PTX" (otherwise cuda_toolkit.py's)
+MAX_JOBS                 how many compilers run at once
 """
 
 import os
-import platform
-import shutil
 import subprocess
+import sys
+import sysconfig
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +25,10 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.modified import newer_group
+
+ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "tools"))
+import cuda_toolkit  # noqa: E402
 
 try:
     import torch
@@ -30,31 +38,24 @@ except ImportError as error:
         "`pip install --no-build-isolation .`"
     ) from error
 
-ROOT = Path(__file__).parent
-FLAGS = [
-    "-std=c++20",
-    "-O3",
-    "-Wall",
-    "-fvisibility=hidden",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-DTORCH_TARGET_VERSION=0x020a000000000000",
-]
+OLDEST_TORCH = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of 2.10
+CXX_FLAGS = ["-std=c++20", "-O3", "-Wall", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", OLDEST_TORCH]
+CUDA_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA", OLDEST_TORCH]
+CUDA_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"]  # tools/ptxas_report.py reads what ptxas says
 INSTRUCTION_SETS = {"portable": []}
-if platform.machine() in ("x86_64", "AMD64"):
+if sysconfig.get_platform().endswith(("-x86_64", "-amd64")):
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
     INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 
-
-CUDA_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-CUDA_ARCHS = "80 90 100"  # machine code; for later GPUs the last one's PTX too
+TORCH = Path(torch.__file__).parent
+TORCH_INCLUDES = [str(TORCH / "include"), str(TORCH / "include/torch/csrc/api/include")]
+TORCH_LIBRARIES = str(TORCH / "lib")
 
 
 class BuildLibraries(build_ext):
-    """Compiles each source for its instruction sets and links one plain shared library."""
+    """Compiles each source for its instruction sets, or its GPUs, and links one plain shared library."""
 
-    torch_root = Path(torch.__file__).parent
-    workers = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 
     def get_ext_filename(self, fullname):
         return str(Path(*fullname.split("."))) + ".so"  # no Python ABI in the name: there is none inside
@@ -65,64 +66,55 @@ class BuildLibraries(build_ext):
         build = self.build_cuda if ext.name.endswith("_cuda") else self.build_cpu
         build(ext, str(library), Path(self.build_temp))
 
-    def includes(self):
-        return [str(self.torch_root / "include"), str(self.torch_root / "include/torch/csrc/api/include")]
-
     def build_cpu(self, ext, library, build):
-        include = self.includes()
-
         def compile_one(job):
             source, name, flags = job
             return self.compiler.compile(
-                [source], str(build / name), include_dirs=include, extra_postargs=FLAGS + flags, depends=ext.depends
+                [source], str(build / name), include_dirs=TORCH_INCLUDES, extra_postargs=flags, depends=ext.depends
             )
 
         jobs = []
         for source in ext.sources:
             if "/simd/" not in source:
-                jobs.append((source, "common", []))
+                jobs.append((source, "common", CXX_FLAGS))
                 continue
             for name, flags in INSTRUCTION_SETS.items():
-                jobs.append((source, name, [*flags, f"-DDCN_ISA={name}"]))
-        with ThreadPoolExecutor(self.workers) as pool:
+                jobs.append((source, name, [*CXX_FLAGS, *flags, f"-DDCN_ISA={name}"]))
+        with ThreadPoolExecutor(self.jobs) as pool:
             objects = [o for made in pool.map(compile_one, jobs) for o in made]
         self.compiler.link_shared_object(
-            objects,
-            library,
-            libraries=["torch_cpu", "c10"],
-            library_dirs=[str(self.torch_root / "lib")],
-            target_lang="c++",
+            objects, library, libraries=["torch_cpu", "c10"], library_dirs=[TORCH_LIBRARIES], target_lang="c++"
         )
 
     def build_cuda(self, ext, library, build):
-        if not self.force and not newer_group([*ext.depends, "setup.py"], library):
+        nvcc, build = cuda_toolkit.find_nvcc(), build / "cuda"
+        flags = [*CUDA_FLAGS, *cuda_target_flags(nvcc), *(f"-I{path}" for path in TORCH_INCLUDES)]
+        last, command = build / "last_build.txt", f"{library} for torch {torch.__version__}: {[nvcc, *flags]}"
+        if last.exists() and last.read_text() == command and not newer_group(ext.depends, library):
             return
-        build = build / "cuda"
+        last.unlink(missing_ok=True)
         build.mkdir(parents=True, exist_ok=True)
-        archs = os.environ.get("DCN_PLUGIN_CUDA_ARCHS", CUDA_ARCHS).split()
-        targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-        targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-        flags = [*CUDA_FLAGS, FLAGS[-1], *targets, "-Xptxas=-v", *(f"-I{path}" for path in self.includes())]
 
         def compile_one(source):
             target = build / f"{Path(source).stem}.o"
-            done = subprocess.run([NVCC, *flags, "-c", source, "-o", target], capture_output=True, text=True)
+            done = subprocess.run([nvcc, *flags, "-c", source, "-o", target], capture_output=True, text=True)
             target.with_suffix(".log").write_text(done.stderr)
             if done.returncode:
                 raise RuntimeError(f"nvcc could not compile {source}:\n{done.stdout}{done.stderr}")
             return target
 
-        with ThreadPoolExecutor(self.workers) as pool:
+        with ThreadPoolExecutor(self.jobs) as pool:
             objects = list(pool.map(compile_one, ext.sources))
         # torch loads its own libraries privately: the library must name libtorch_cuda.so among those it needs. Where
         # torch has none, an empty one of that name stands in for it while linking.
-        folders = [self.torch_root / "lib"]
-        if not (self.torch_root / "lib/libtorch_cuda.so").exists():
+        folders = [TORCH_LIBRARIES]
+        if not (TORCH / "lib/libtorch_cuda.so").exists():
             folders.append(build)
             name = "libtorch_cuda.so"
             self.compiler.link_shared_object([], str(build / name), extra_preargs=[f"-Wl,-soname,{name}"])
         needed = ["-Xlinker=--no-as-needed", "-ltorch_cuda", "-ltorch_cpu", "-lc10"]
-        subprocess.run([NVCC, "-shared", *objects, *(f"-L{f}" for f in folders), *needed, "-o", library], check=True)
+        subprocess.run([nvcc, "-shared", *objects, *(f"-L{f}" for f in folders), *needed, "-o", library], check=True)
+        last.write_text(command)
 
 
 class BuildWheel(bdist_wheel):
@@ -132,23 +124,41 @@ class BuildWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+def cuda_target_flags(nvcc):
+    """nvcc's options for the GPUs to build for; the library names them in its error on any other GPU."""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or cuda_toolkit.CAPABILITIES
+    version = cuda_toolkit.nvcc_version(nvcc)
+    try:
+        built, left_out = cuda_toolkit.choose_capabilities(wanted, cuda_toolkit.nvcc_capabilities(nvcc))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    if left_out:
+        warnings.warn(
+            f"nvcc {version} or the kernels do not support compute capability {', '.join(left_out)}", stacklevel=1
+        )
+    if torch.version.cuda and torch.version.cuda.split(".")[0] != version.split(".")[0]:
+        warnings.warn(
+            f"nvcc is of CUDA {version}, PyTorch {torch.__version__} of CUDA {torch.version.cuda}: the library needs a "
+            f"driver for CUDA {version} or later; CUDA_HOME names another toolkit",
+            stacklevel=1,
+        )
+    return [*cuda_toolkit.gencode_flags(built), f'-DDCN_CUDA_CAPABILITIES="{", ".join(built)}"']
+
+
 def find(folder, *patterns):
     return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in (ROOT / folder).rglob(pattern))
 
 
-def cpu_library():
-    return Extension("dcn_plugin._cpu", find("csrc", "*.cpp"), depends=find("csrc", "*.h"))
+def libraries():
+    wanted = os.environ.get("DCN_PLUGIN_CUDA") or ("1" if torch.version.cuda and cuda_toolkit.find_nvcc() else "0")
+    if wanted not in ("0", "1", "only"):
+        raise SystemExit(f"error: DCN_PLUGIN_CUDA must be 0, 1 or only, got {wanted!r}")
+    if wanted != "0" and cuda_toolkit.find_nvcc() is None:
+        raise SystemExit("error: DCN_PLUGIN_CUDA asks for the CUDA library, but CUDA_HOME or the PATH has no nvcc")
+    cuda_sources = find("csrc/cuda", "*.cu")
+    cpu = Extension("dcn_plugin._cpu", find("csrc", "*.cpp"), depends=find("csrc", "*.h"))
+    cuda = Extension("dcn_plugin._cuda", cuda_sources, depends=cuda_sources + find("csrc", "*.h", "*.cuh"))
+    return {"0": [cpu], "1": [cpu, cuda], "only": [cuda]}[wanted]
 
 
-def cuda_library():
-    sources = find("csrc/cuda", "*.cu")
-    return Extension("dcn_plugin._cuda", sources, depends=sources + find("csrc", "*.h", "*.cuh"))
-
-
-NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-WANT_CUDA = os.environ.get("DCN_PLUGIN_CUDA") or ("1" if NVCC and torch.version.cuda else "0")
-if WANT_CUDA != "0" and NVCC is None:
-    raise SystemExit("DCN_PLUGIN_CUDA asks for the CUDA library, but nvcc is not on the PATH")
-libraries = ([cpu_library()] if WANT_CUDA != "only" else []) + ([cuda_library()] if WANT_CUDA != "0" else [])
-
-setup(ext_modules=libraries, cmdclass={"build_ext": BuildLibraries, "bdist_wheel": BuildWheel})
+setup(ext_modules=libraries(), cmdclass={"build_ext": BuildLibraries, "bdist_wheel": BuildWheel})

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Sets up .venv for the demo and the tests: pinned dependencies, mmcv from its source package, this package.
-# A step that is done is skipped; one that was interrupted is done again.
+# tools/setup_env.sh [dev]     sets up .venv for the demo and the tests: pinned dependencies, mmcv from its source
+#                              package, this package; with "dev", what lint, docs and wheel need too
+# A step that is done is skipped; one that was interrupted is done again. PYTHON names the Python that .venv is made with.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-PYTHON=${PYTHON:-$(command -v python3.11 || echo python3)}
+[ $# = 0 ] || [ "$*" = dev ] || { echo "usage: tools/setup_env.sh [dev]" >&2; exit 2; }
 STAMPS=.venv/stamps
 LOGS=.venv/logs
 TORCH=2.13.0
@@ -45,18 +46,23 @@ step() {
 
 hash_of() { find "$@" -type f | LC_ALL=C sort | xargs cat | cksum | cut -d ' ' -f 1; }
 
-is_3_11='import sys; sys.exit(sys.version_info[:2] != (3, 11))'
-headers='import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))'
-command -v "$PYTHON" >/dev/null || fail "$PYTHON not found: install Python 3.11, or name it with PYTHON=..."
-"$PYTHON" -c "$is_3_11" || fail "$("$PYTHON" --version) will not do: the pinned dependencies are Python 3.11's; name one with PYTHON=..."
-"$PYTHON" -c 'import venv, ensurepip' 2>/dev/null || fail "$PYTHON has no venv module: install it (on Debian: python3.11-venv)"
-"$PYTHON" -c "$headers" || fail "$PYTHON has no C headers, which mmcv's build needs: install them (on Debian: python3.11-dev)"
-command -v "${CXX:-c++}" >/dev/null || fail "no C++ compiler found: install one (on Debian: g++)"
-if [ -x .venv/bin/python ]; then
-    .venv/bin/python -c "$is_3_11" || fail ".venv is not of Python 3.11: move it away"
+is_supported='import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))'
+has_headers='import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))'
+versions="3.10 to 3.13"
+if [ -f $STAMPS/venv ]; then
+    PYTHON=$PWD/.venv/bin/python
+    "$PYTHON" -c "$is_supported" || fail ".venv is of $("$PYTHON" --version), not of Python $versions: move it away"
+else
+    for candidate in ${PYTHON:-python3.11 python3 python3.12 python3.13 python3.10}; do
+        "$candidate" -c "$is_supported" 2>/dev/null && PYTHON=$candidate && break
+    done
+    "${PYTHON:-false}" -c "$is_supported" 2>/dev/null || fail "no Python $versions found: install one, or name it with PYTHON=..."
 fi
+"$PYTHON" -c 'import venv, ensurepip' 2>/dev/null || fail "$PYTHON has no venv module: install it (on Debian: python3-venv)"
+"$PYTHON" -c "$has_headers" || fail "$PYTHON has no C headers, which mmcv's build needs: install them (on Debian: python3-dev)"
+command -v "${CXX:-c++}" >/dev/null || fail "no C++ compiler found: install one (on Debian: g++)"
 
-step venv "$("$PYTHON" --version)" "Creating .venv (10 s)" "'$PYTHON' -m venv .venv"
+step venv "$("$PYTHON" --version)" "Creating .venv of $("$PYTHON" --version) (10 s)" "'$PYTHON' -m venv .venv"
 step torch $TORCH "Installing PyTorch $TORCH (a minute or more, as the network goes)" \
     "python -m pip install torch==$TORCH"
 step requirements "$(hash_of tools/requirements.txt)" "Installing the pinned dependencies (1 minute)" \
@@ -67,5 +73,9 @@ step mmcv "$MMCV for torch $TORCH" "Building mmcv $MMCV from its source package 
     python -c 'import torch, mmcv._ext' && exit
     CUDA_VISIBLE_DEVICES= python -m pip install -v --force-reinstall --no-cache-dir --no-deps --no-build-isolation \
         --no-binary mmcv mmcv==$MMCV"
-step package "$PWD $(hash_of csrc setup.py pyproject.toml)" "Building dcn_plugin (half a minute)" \
+if [ "$*" = dev ]; then
+    step requirements-dev "$(hash_of tools/requirements-dev.txt)" "Installing linters and what the site is made with (20 s)" \
+        "python -m pip install --no-deps -r tools/requirements-dev.txt"
+fi
+step package "$PWD $(hash_of csrc setup.py tools/cuda_toolkit.py pyproject.toml)" "Building dcn_plugin (half a minute)" \
     "python -m pip install --no-build-isolation --no-deps -e ."

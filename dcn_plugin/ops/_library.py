@@ -1,6 +1,7 @@
 """Loads the native library and holds what every operator's registration shares."""
 
 import functools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import ParamSpec
@@ -19,13 +20,28 @@ OPERATORS = tuple(
 )
 
 
+def _why_missing(library: Path) -> str:
+    sources = FOLDER.parent
+    if not (sources / "setup.py").exists():
+        return f"dcn_plugin's compiled operators are missing from its installation ({library}): install it again."
+    for path in map(Path, sys.path):
+        installed = (path / FOLDER.name).resolve()
+        if installed != FOLDER.resolve() and (installed / library.name).exists():
+            return (
+                f"Python imports dcn_plugin from its source folder, {sources}, where no operators are compiled, "
+                f"and not the installed package, {installed}: run Python in another folder, or install the source "
+                f"folder itself with `pip install --no-build-isolation -e {sources}`."
+            )
+    return (
+        f"dcn_plugin's operators have not been compiled ({library} is missing): compile them for this PyTorch with "
+        f"`pip install --no-build-isolation -e {sources}`."
+    )
+
+
 def _load(name: str) -> None:
     library = FOLDER / name
     if not library.exists():
-        raise ImportError(
-            f"dcn_plugin's compiled operators are missing ({library}): build them for this PyTorch with "
-            "`pip install --no-build-isolation .` in the project's folder."
-        )
+        raise ImportError(_why_missing(library))
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
