@@ -39,9 +39,7 @@ def choose_capabilities(wanted: str, available: set[tuple[int, int]]) -> tuple[l
     for entry in filter(None, re.split(r"[\s;,]+", wanted)):
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
         if match is None:
-            raise ValueError(
-                f"TORCH_CUDA_ARCH_LIST must name compute capabilities such as '8.0 9.0+PTX', got {entry!r}"
-            )
+            raise ValueError(f"TORCH_CUDA_ARCH_LIST must list compute capabilities, as '8.0 9.0+PTX', got {entry!r}")
         capability = int(match[1]), int(match[2])
         (kept if capability >= LOWEST_CAPABILITY and capability in available else dropped).append(entry)
     if not kept:

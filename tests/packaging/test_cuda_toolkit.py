@@ -64,7 +64,7 @@ def test_takes_lists_as_pytorch_writes_them(toolkit, wanted, kept, dropped):
 
 
 def test_lists_that_cannot_be_built_are_errors(toolkit):
-    with pytest.raises(ValueError, match="must name compute capabilities such as '8.0 9.0.PTX', got 'Hopper'"):
+    with pytest.raises(ValueError, match="must list compute capabilities, as '8.0 9.0.PTX', got 'Hopper'"):
         toolkit.choose_capabilities("8.0 Hopper", CUDA_12_4)
     with pytest.raises(ValueError, match=r"nothing to build for in '5.0 12.0'"):
         toolkit.choose_capabilities("5.0 12.0", CUDA_12_4)
