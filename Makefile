@@ -34,7 +34,7 @@ lint: setup-dev  ## check all files; changes nothing
 	$(BIN)/codespell
 	! git grep -nIE '[[:space:]]+$$' -- ':!*.svg'
 	$(BIN)/mypy
-	$(BIN)/zizmor --offline --quiet .github/workflows
+	$(BIN)/zizmor --offline --quiet --no-progress .github/workflows
 
 format: setup-dev  ## change files to what lint wants, where a program can
 	$(BIN)/ruff check --fix
@@ -42,7 +42,7 @@ format: setup-dev  ## change files to what lint wants, where a program can
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 docs: setup-dev  ## make the site of docs/ and the docstrings, in build/site; a broken link is an error
-	$(BIN)/mkdocs build --quiet --strict
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going docs build/site
 
 bench: setup  ## time operators and a detector beside their peers (20 minutes; ARGS="--quick": one)
 	$(BIN)/python -m benchmarks $(ARGS)
