@@ -1,4 +1,4 @@
-"""The site: docs/*.md, README.md as its first page, and the docstrings. `make docs` builds it; a broken link is an error."""
+"""The site: docs/*.md, README.md as its first page, and the docstrings; `make docs` builds it, strictly."""
 
 import re
 from pathlib import Path
