@@ -261,9 +261,9 @@ class ModulatedDeformConv2dPack(_PredictsOffsets, ModulatedDeformConv2d, nn.Conv
     The mask is ``mask_scale`` times the sigmoid of ``conv_offset``'s last third. With a scale of 1, as in every
     published model, it starts at 0.5: a new layer computes half of what the plain convolution computes (plus the bias).
     With a scale of 2 it starts at 1, exactly, so that a trained convolution may become this layer, as
-    :func:`dcn_plugin.convert` makes it. Other arguments and errors are those of :class:`ModulatedDeformConv2d`, the state dict's keys those of
-    :class:`DeformConv2dPack`. The scale is a matter of the config, as the stride is; the state dict's metadata keeps
-    it, and loading into a layer of another scale is a warning in the log 'dcn_plugin'.
+    :func:`dcn_plugin.convert` makes it. Other arguments and errors are those of :class:`ModulatedDeformConv2d`, the
+    state dict's keys those of :class:`DeformConv2dPack`. The scale is a matter of the config, as the stride is; the
+    state dict's metadata keeps it, and loading into a layer of another scale is a warning in the log 'dcn_plugin'.
     """
 
     _channels_per_tap = 3
