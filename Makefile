@@ -25,7 +25,7 @@ demo: setup  ## train and test a deformable detector on handwritten digits (unde
 	@$(BIN)/python projects/digits/demo.py --config $(CONFIG) --work-dir $(WORK_DIR) $(if $(FORCE),--force)
 
 test: lint docs  ## check style, types and links, and run the test-suite (ARGS="-m 'not slow'": without its slow tests)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: setup-dev  ## check all files; changes nothing
 	$(BIN)/ruff check

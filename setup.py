@@ -39,7 +39,16 @@ except ImportError as error:
     ) from error
 
 OLDEST_TORCH = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of 2.10
-CXX_FLAGS = ["-std=c++20", "-O3", "-Wall", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", OLDEST_TORCH]
+CXX_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-g0",
+    "-Wall",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    OLDEST_TORCH,
+]
 CUDA_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA", OLDEST_TORCH]
 CUDA_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"]  # tools/ptxas_report.py reads what ptxas says
 INSTRUCTION_SETS = {"portable": []}

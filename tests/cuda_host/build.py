@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -40,9 +41,14 @@ def build(checker: str) -> Path:
     """The shared library with the operators on PyTorch's CPU key; built unless one of the same sources is there."""
     folder = ROOT / "build/cuda_host" / f"{checker}-{_fingerprint(checker)}"
     library = folder / "cuda_host.so"
-    if library.exists():
-        return library
     folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):  # of test processes that run side by side, one builds
+        if not library.exists():
+            _build(checker, folder, library)
+    return library
+
+
+def _build(checker: str, folder: Path, library: Path) -> None:
     kernel_flags, shim_flags, link_flags = CHECKERS[checker]
     sources = [ROOT / "csrc/ops.cpp", *sorted((ROOT / "csrc/cuda").glob("*.cu")), HERE / "planted.cu"]
 
@@ -62,7 +68,6 @@ def build(checker: str) -> Path:
     for old in folder.parent.glob(f"{checker}-*/cuda_host.so"):
         if old != library:
             shutil.rmtree(old.parent)
-    return library
 
 
 def environment(checker: str) -> dict[str, str]:
