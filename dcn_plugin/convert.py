@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -134,7 +135,7 @@ def _template(kind: type, candidate: Candidate, conv_kwargs: dict) -> nn.Module:
         raise ValueError(f"{candidate.names[0]} ({conv}) cannot become a {kind.__name__}: {error}") from error
 
 
-def _become(conv: nn.Module, template: nn.Module, pattern: str) -> None:
+def _become(conv: Any, template: Any, pattern: str | None) -> None:
     weight = conv.weight
     pads_itself = class_of(conv) in PADS_ITSELF
     conv.__class__ = type(template)
@@ -151,7 +152,7 @@ def _become(conv: nn.Module, template: nn.Module, pattern: str) -> None:
         conv.register_forward_pre_hook(_pad_to_stride)
 
 
-def _pad_to_stride(conv: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+def _pad_to_stride(conv: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
     """Pads so that the output has ceil(size / stride) positions, the odd zero at the end: TensorFlow's 'SAME'."""
     x, pads = inputs[0], []
     for size, kernel, stride, dilation in zip(
@@ -178,7 +179,7 @@ def _prepare_loading(module: nn.Module, converted: list[Candidate]) -> None:
         )
 
 
-def _keep_offsets(conv: nn.Module, state_dict: dict, prefix: str, *_) -> None:
+def _keep_offsets(conv: Any, state_dict: dict, prefix: str, *_) -> None:
     """Completes the state dict of a layer from before its conversion by the offsets that the layer has."""
     if f"{prefix}weight" not in state_dict:
         return

@@ -3,6 +3,7 @@
 import copy
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ def describe(model: nn.Module, shape: tuple[int, int] = (800, 1216)) -> str:
         shape: (height, width) of the image that its FLOPs (multiply-adds) are counted for.
     """
     model = copy.deepcopy(model)
-    names = defaultdict(list)
+    names: dict[Any, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, _ConvNd) and not isinstance(module, ZeroInitConv2d):
             names[module].append(name)
@@ -75,7 +76,7 @@ def describe(model: nn.Module, shape: tuple[int, int] = (800, 1216)) -> str:
 
 def _trace(model: nn.Module, shape: tuple[int, int]) -> dict:
     """Multiply-adds of each convolution, and of the samples that a deformable one takes, for one image."""
-    flops = defaultdict(int)
+    flops: dict[Any, int] = defaultdict(int)
 
     def count(conv, inputs, output):
         small, channels = (
@@ -93,7 +94,7 @@ def _trace(model: nn.Module, shape: tuple[int, int]) -> dict:
     try:
         maps = _attempt(getattr(model, "extract_feat", model), images)
         for path in DENSE_HEADS:
-            head = model
+            head: Any = model
             for part in path.split("."):
                 head = getattr(head, part, None)
             if isinstance(head, nn.Module) and maps is not None:
@@ -117,7 +118,7 @@ def _kind(conv: nn.Module) -> str:
     return next((name for name, kind in KINDS.items() if type(conv) is kind), type(conv).__name__)
 
 
-def _details(conv: nn.Module) -> str:
+def _details(conv: Any) -> str:
     details = [f"stride {conv.stride[0]}"] if max(conv.stride) > 1 else []
     if max(conv.dilation) > 1:
         details.append(f"dilation {conv.dilation[0]}")

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -17,7 +18,7 @@ PADS_ITSELF = ("mmcv.cnn.bricks.conv2d_adaptive_padding.Conv2dAdaptivePadding",)
 
 @dataclass(eq=False)
 class Candidate:
-    conv: nn.Module
+    conv: Any  # a convolution of PyTorch's or a subclass
     names: list[str]  # more than one where a convolution is shared
     obstacle: str | None  # why it cannot be deformable
     pattern: str | None = None  # the first that matched it
@@ -63,7 +64,7 @@ def candidates_of(module: nn.Module) -> Iterator[Candidate]:
         yield Candidate(conv, its_names, _obstacle(conv, its_names))
 
 
-def _obstacle(conv: nn.Module, names: list[str]) -> str | None:
+def _obstacle(conv: Any, names: list[str]) -> str | None:
     if isinstance(conv, (DeformConv2d, ModulatedDeformConv2d)):
         return "already deformable"
     if any(part.endswith("conv_offset") for name in names for part in name.split(".")):
@@ -157,7 +158,7 @@ def name_of(module: nn.Module) -> str:
     return type(module).__name__
 
 
-def _size_of(conv: nn.Module) -> str:
+def _size_of(conv: Any) -> str:
     return f"kernel {'x'.join(map(str, conv.kernel_size))}"
 
 

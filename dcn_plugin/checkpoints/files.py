@@ -91,7 +91,7 @@ def state_dict_of(checkpoint, source) -> tuple[State, list[str]]:
     if not tensors:
         raise ValueError(f"{source} holds no tensors under {', '.join(CONTAINERS)} or at the top, but {listed(beside)}")
     if hasattr(state, "_metadata"):
-        tensors._metadata = state._metadata
+        tensors._metadata = state._metadata  # type: ignore[attr-defined]
     return tensors, beside
 
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from difflib import get_close_matches
+from typing import Any
 
 from .offsets import State, versions_of
 
@@ -83,7 +84,7 @@ def _mmdet(state: State) -> tuple[Names, list[str]]:
         conv = state.get(f"{match[1]}.weight") if match else None
         offset = state.get(f"{match[1]}_offset.weight") if match else None
         old = conv is not None and offset is not None and versions_of(conv, offset)
-        names[name] = f"{match[1]}.conv_offset.{match[2]}" if old else name
+        names[name] = f"{match[1]}.conv_offset.{match[2]}" if match and old else name
     return names, []
 
 
@@ -139,7 +140,9 @@ def _detectron2(state: State) -> tuple[Names, list[str]]:
             match = re.fullmatch(pattern, holder)
             if not match or (holder != module and not its_norm):
                 continue
-            parts = {k: int(v) + shifts.get(k, 0) if v.isdigit() else v for k, v in match.groupdict().items()}
+            parts: dict[str, Any] = {
+                k: int(v) + shifts.get(k, 0) if v.isdigit() else v for k, v in match.groupdict().items()
+            }
             is_norm = holder != module
             if "sub" in parts:
                 parts["sub"], place = divmod(parts["sub"], 3 if normed else 2)

@@ -56,8 +56,8 @@ def merge_offsets(
     """
     state = dict(state)
     own_name = re.escape(offset_name).replace(re.escape("{}"), "(?P<own>[^.]+)")
-    matches = [re.fullmatch(rf"(?P<parent>.*\.|){own_name}\.weight", name) for name in state]
-    matches = [match for match in matches if match]
+    pattern = re.compile(rf"(?P<parent>.*\.|){own_name}\.weight")
+    matches = [match for match in map(pattern.fullmatch, state) if match]
     if not matches:
         lasts = {name.rpartition(".")[0].rpartition(".")[2] for name in state}
         near = get_close_matches(offset_name, lasts, n=3, cutoff=0.3)

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from dcn_plugin import __version__
 from dcn_plugin.checkpoints.files import load, save, state_dict_of
@@ -149,7 +150,8 @@ def convert_checkpoint(
     names = {old: new if new is None else _renamed(prefix + new, rename) for old, new in names.items()}
     converted = _under(names, state)
     if format == "mmdet" and converted.keys() <= given.keys() and hasattr(given, "_metadata"):
-        converted._metadata = given._metadata  # the modules' versions, which some look at when they load
+        # The modules' versions, which some look at when they load.
+        converted._metadata = given._metadata  # type: ignore[attr-defined]
 
     lines = [f"{source}: {format}, {len(given)} tensors"]
     show = (lambda names: "".join(f"\n  {name}" for name in names)) if verbose else (lambda names: listed(names, 4))
@@ -231,7 +233,8 @@ def _check(config: str, cfg_options: dict, state: State) -> list[str]:
     Raises:
         ValueError: it does not load, or none of it is the model's.
     """
-    model, where = _config.build(_config.load(config, cfg_options)), "the model"
+    model: Any = _config.build(_config.load(config, cfg_options))
+    where = "the model"
     if hasattr(model, "backbone") and not any(name.startswith("backbone.") for name in state):
         model, where = model.backbone, "the backbone"
     try:

@@ -7,8 +7,12 @@ they are initialised and folded with a batch norm like the convolution they stan
 
 import logging
 import warnings
+from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.common_types import _size_2_t
 from torch.nn.modules.utils import _pair
 
 from dcn_plugin.ops import deform_conv2d
@@ -19,7 +23,9 @@ from .zero_init import ZeroInitConv2d
 logger = logging.getLogger("dcn_plugin")
 
 
-def _explicit_padding(padding, kernel_size, stride, dilation):
+def _explicit_padding(
+    padding: str | _size_2_t, kernel_size: _size_2_t, stride: _size_2_t, dilation: _size_2_t
+) -> _size_2_t:
     """'same' and 'valid' as the numbers they stand for; numbers as they are."""
     if not isinstance(padding, str):
         return padding
@@ -31,32 +37,37 @@ def _explicit_padding(padding, kernel_size, stride, dilation):
             f"padding must be an integer, two integers, 'valid', or, with stride 1 and an even dilation * (kernel - 1),"
             f" 'same'; got {padding!r} with kernel_size={kernel_size}, stride={stride}, dilation={dilation}"
         )
-    return tuple(s // 2 for s in span)
+    return span[0] // 2, span[1] // 2
 
 
-class _DeformConv:
-    """Mixin: what a deformable convolution's constructor adds to that of ``nn.Conv2d``, in mmcv's positional order."""
+class _DeformConv(nn.Conv2d):
+    """What a deformable convolution's constructor adds to that of ``nn.Conv2d``, in mmcv's positional order."""
 
-    observer = None  # if set, called with (input, offset, mask), which the operator is about to get
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    # If set, called with (input, offset, mask), which the operator is about to get.
+    observer: Callable[[Tensor, Tensor, Tensor | None], object] | None = None
 
     def __init__(
         self,
-        in_channels,
-        out_channels,
-        kernel_size,
-        stride=1,
-        padding=0,
-        dilation=1,
-        groups=1,
-        deform_groups=1,
-        bias=False,
-        im2col_step=32,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: _size_2_t,
+        stride: _size_2_t = 1,
+        padding: str | _size_2_t = 0,
+        dilation: _size_2_t = 1,
+        groups: int = 1,
+        deform_groups: int = 1,
+        bias: bool | str = False,
+        im2col_step: int = 32,
         *,
-        padding_mode="zeros",
-        deformable_groups=None,
-        max_offset=None,
-        device=None,
-        dtype=None,
+        padding_mode: str = "zeros",
+        deformable_groups: int | None = None,
+        max_offset: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         if deformable_groups is not None:
             if deform_groups not in (1, deformable_groups):
@@ -86,7 +97,9 @@ class _DeformConv:
         self.deform_groups = deform_groups
         self.max_offset = checked_bound(max_offset)
 
-    def _deform(self, input, offset, weight, bias, mask=None):
+    def _deform(
+        self, input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None = None
+    ) -> Tensor:
         if self.max_offset is not None:
             offset = offset.clamp(-self.max_offset, self.max_offset)
         if self.observer is not None:
@@ -147,17 +160,17 @@ class ModulatedDeformConv2d(_DeformConv, nn.Conv2d):
 
     def __init__(
         self,
-        in_channels,
-        out_channels,
-        kernel_size,
-        stride=1,
-        padding=0,
-        dilation=1,
-        groups=1,
-        deform_groups=1,
-        bias=True,
-        *args,
-        **kwargs,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: _size_2_t,
+        stride: _size_2_t = 1,
+        padding: str | _size_2_t = 0,
+        dilation: _size_2_t = 1,
+        groups: int = 1,
+        deform_groups: int = 1,
+        bias: bool | str = True,
+        *args: Any,
+        **kwargs: Any,
     ):
         super().__init__(
             in_channels,
@@ -183,8 +196,8 @@ class ModulatedDeformConv2d(_DeformConv, nn.Conv2d):
         return self._deform(x, offset, self.weight, self.bias, mask)
 
 
-class _PredictsOffsets:
-    """Mixin: ``conv_offset``, a zero-initialised convolution of the same geometry, predicts what displaces the samples.
+class _PredictsOffsets(_DeformConv):
+    """``conv_offset``, a zero-initialised convolution of the same geometry, predicts what displaces the samples.
 
     Subclasses compute in ``_conv_forward``, the function through which torch and mmcv run an ``nn.Conv2d`` with other
     weights than its own (a batch norm folded in on the fly, fake quantisation).
@@ -195,7 +208,7 @@ class _PredictsOffsets:
     _in_metadata: tuple[str, ...] = ("max_offset",)  # attributes that a state dict keeps beside the version
     _warned_of_offsets = False
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         taps = self.kernel_size[0] * self.kernel_size[1]
         self.conv_offset = ZeroInitConv2d(
@@ -241,7 +254,7 @@ class _PredictsOffsets:
             )
 
 
-class DeformConv2dPack(_PredictsOffsets, DeformConv2d, nn.Conv2d):
+class DeformConv2dPack(_PredictsOffsets, DeformConv2d, nn.Conv2d):  # type: ignore[misc]
     """Deformable convolution v1 that predicts its own offsets; stands wherever an ``nn.Conv2d`` does.
 
     Until training moves ``conv_offset`` from zero it computes what the plain convolution computes. Arguments and errors
@@ -251,11 +264,11 @@ class DeformConv2dPack(_PredictsOffsets, DeformConv2d, nn.Conv2d):
 
     _channels_per_tap = 2
 
-    def _conv_forward(self, input, weight, bias):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._deform(input, self.conv_offset(input), weight, bias)
 
 
-class ModulatedDeformConv2dPack(_PredictsOffsets, ModulatedDeformConv2d, nn.Conv2d):
+class ModulatedDeformConv2dPack(_PredictsOffsets, ModulatedDeformConv2d, nn.Conv2d):  # type: ignore[misc]
     """Deformable convolution v2 that predicts its own offsets and mask; stands wherever an ``nn.Conv2d`` does.
 
     The mask is ``mask_scale`` times the sigmoid of ``conv_offset``'s last third. With a scale of 1, as in every
@@ -269,11 +282,11 @@ class ModulatedDeformConv2dPack(_PredictsOffsets, ModulatedDeformConv2d, nn.Conv
     _channels_per_tap = 3
     _in_metadata = ("max_offset", "mask_scale")
 
-    def __init__(self, *args, mask_scale=1.0, **kwargs):
+    def __init__(self, *args: Any, mask_scale: float = 1.0, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.mask_scale = float(mask_scale)
 
-    def _conv_forward(self, input, weight, bias):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         predicted = self.conv_offset(input)
         taps = predicted.shape[1] // 3
         offset, mask = predicted.split([2 * taps, taps], dim=1)

@@ -1,7 +1,10 @@
 """Deformable position-sensitive RoI pooling layers: given offsets and score maps (DeformPSRoIPool), or predicting the
 offsets from the straight bins (the pack), or both by convolutions (DeformRFCNPool)."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
+from torch.nn.common_types import _size_2_t
 from torch.nn.modules.utils import _pair
 
 from dcn_plugin.ops import deform_ps_roi_pool
@@ -28,17 +31,18 @@ class DeformPSRoIPool(nn.Module):
         ValueError: a ``max_offset`` that is not positive.
     """
 
-    observer = None  # if set, called with (input, rois, offset, None), which the operator is about to get
+    # If set, called with (input, rois, offset, None), which the operator is about to get.
+    observer: Callable[[Tensor, Tensor, Tensor, Tensor | None], object] | None = None
 
     def __init__(
         self,
-        output_size,
-        group_size=None,
-        part_size=None,
-        sample_per_part=4,
-        spatial_scale=1.0,
-        trans_std=0.1,
-        max_offset=None,
+        output_size: _size_2_t,
+        group_size: _size_2_t | None = None,
+        part_size: _size_2_t | None = None,
+        sample_per_part: int = 4,
+        spatial_scale: float = 1.0,
+        trans_std: float = 0.1,
+        max_offset: float | None = None,
     ):
         super().__init__()
         self.output_size = _pair(output_size)
@@ -106,16 +110,16 @@ class DeformPSRoIPoolPack(DeformPSRoIPool):
 
     def __init__(
         self,
-        output_size,
-        output_dim,
-        group_size=None,
-        part_size=None,
-        sample_per_part=4,
-        offset_classes=1,
-        deform_fc_channels=1024,
-        spatial_scale=1.0,
-        trans_std=0.1,
-        max_offset=None,
+        output_size: _size_2_t,
+        output_dim: int,
+        group_size: _size_2_t | None = None,
+        part_size: _size_2_t | None = None,
+        sample_per_part: int = 4,
+        offset_classes: int = 1,
+        deform_fc_channels: int = 1024,
+        spatial_scale: float = 1.0,
+        trans_std: float = 0.1,
+        max_offset: float | None = None,
     ):
         super().__init__(output_size, group_size, part_size, sample_per_part, spatial_scale, trans_std, max_offset)
         self.output_dim = output_dim
@@ -155,22 +159,22 @@ class DeformRFCNPool(DeformPSRoIPool):
 
     def __init__(
         self,
-        output_size,
-        in_channels,
-        output_dim,
-        offset_classes=1,
-        group_size=None,
-        part_size=None,
-        sample_per_part=4,
-        spatial_scale=1.0,
-        trans_std=0.1,
-        max_offset=None,
+        output_size: _size_2_t,
+        in_channels: int,
+        output_dim: int,
+        offset_classes: int = 1,
+        group_size: _size_2_t | None = None,
+        part_size: _size_2_t | None = None,
+        sample_per_part: int = 4,
+        spatial_scale: float = 1.0,
+        trans_std: float = 0.1,
+        max_offset: float | None = None,
     ):
         super().__init__(output_size, group_size, part_size, sample_per_part, spatial_scale, trans_std, max_offset)
         (group_h, group_w), (part_h, part_w) = self.group_size, self.part_size
         self.score_maps = nn.Conv2d(in_channels, output_dim * group_h * group_w, 1)
         nn.init.normal_(self.score_maps.weight, std=0.01)
-        nn.init.zeros_(self.score_maps.bias)
+        nn.init.zeros_(self.score_maps.bias)  # type: ignore[arg-type]
         self.offset_fields = None
         if offset_classes:
             self.offset_fields = ZeroInitConv2d(in_channels, 2 * offset_classes * part_h * part_w, 1)

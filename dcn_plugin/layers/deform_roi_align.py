@@ -1,7 +1,10 @@
 """Deformable RoI align layers: given their offsets (DeformRoIAlign) or predicting them (the packs)."""
 
+from collections.abc import Callable
+
 import torch.fx
 from torch import Tensor, nn
+from torch.nn.common_types import _size_2_t
 from torch.nn.modules.utils import _pair
 
 from dcn_plugin.ops import deform_roi_align
@@ -32,9 +35,18 @@ class DeformRoIAlign(nn.Module):
         ValueError: a ``max_offset`` that is not positive.
     """
 
-    observer = None  # if set, called with (input, rois, offset, mask), which the operator is about to get
+    # If set, called with (input, rois, offset, mask), which the operator is about to get.
+    observer: Callable[[Tensor, Tensor, Tensor, Tensor | None], object] | None = None
 
-    def __init__(self, output_size, spatial_scale=1.0, sampling_ratio=0, gamma=0.1, *, max_offset=None):
+    def __init__(
+        self,
+        output_size: _size_2_t,
+        spatial_scale: float = 1.0,
+        sampling_ratio: int = 0,
+        gamma: float = 0.1,
+        *,
+        max_offset: float | None = None,
+    ):
         super().__init__()
         self.output_size = _pair(output_size)
         self.spatial_scale = float(spatial_scale)
@@ -92,14 +104,14 @@ class DeformRoIAlignPack(DeformRoIAlign):
 
     def __init__(
         self,
-        output_size,
-        output_channels,
-        deform_fc_channels=1024,
-        spatial_scale=1.0,
-        sampling_ratio=0,
-        gamma=0.1,
+        output_size: _size_2_t,
+        output_channels: int,
+        deform_fc_channels: int = 1024,
+        spatial_scale: float = 1.0,
+        sampling_ratio: int = 0,
+        gamma: float = 0.1,
         *,
-        max_offset=None,
+        max_offset: float | None = None,
     ):
         super().__init__(output_size, spatial_scale, sampling_ratio, gamma, max_offset=max_offset)
         self.output_channels = output_channels
@@ -135,14 +147,14 @@ class ModulatedDeformRoIAlignPack(DeformRoIAlignPack):
 
     def __init__(
         self,
-        output_size,
-        output_channels,
-        deform_fc_channels=1024,
-        spatial_scale=1.0,
-        sampling_ratio=0,
-        gamma=0.1,
+        output_size: _size_2_t,
+        output_channels: int,
+        deform_fc_channels: int = 1024,
+        spatial_scale: float = 1.0,
+        sampling_ratio: int = 0,
+        gamma: float = 0.1,
         *,
-        max_offset=None,
+        max_offset: float | None = None,
     ):
         super().__init__(
             output_size,

@@ -14,7 +14,7 @@ def rename_old_offsets(parent: nn.Module) -> None:
 
     Loading shows a module only the keys under its own name, so it is the parent that has to do this.
     """
-    if _rename not in [hook.hook for hook in parent._load_state_dict_pre_hooks.values()]:
+    if _rename not in [getattr(hook, "hook", None) for hook in parent._load_state_dict_pre_hooks.values()]:
         parent.register_load_state_dict_pre_hook(_rename)
 
 

@@ -1,13 +1,20 @@
 """Layers that predict offsets: they start at zero, and the rules that initialise a model leave them there."""
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.common_types import _size_2_t
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.utils import _pair
 
 
-class _ZeroInit:
+class _ZeroInit(nn.Module):
     """Mixin: parameters start at zero, so that an untrained deformable layer samples its regular grid."""
+
+    weight: Tensor
+    bias: Any
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
@@ -29,7 +36,15 @@ class ZeroInitConv2d(_ZeroInit, _ConvNd):
     """
 
     def __init__(
-        self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, device=None, dtype=None
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: _size_2_t,
+        stride: _size_2_t = 1,
+        padding: str | _size_2_t = 0,
+        dilation: _size_2_t = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__(
             in_channels,

@@ -1,8 +1,10 @@
 """'DeformOffsetHook' in MMEngine's HOOKS: how far the offsets of a model in training reach."""
 
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from mmengine.hooks import Hook
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from dcn_plugin.layers import DeformConv2d, DeformPSRoIPool, DeformRoIAlign, ModulatedDeformConv2d
 
 
-def _convolution_samples(layer: nn.Module, input: Tensor, offset: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _convolution_samples(layer: Any, input: Tensor, offset: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Displacements (dy, dx) of a convolution's samples, in pixels of its input, and which samples count."""
     height, width = input.shape[-2:]
     kernel_h, kernel_w = layer.kernel_size
@@ -59,7 +61,7 @@ def _ps_roi_pool_parts(layer: DeformPSRoIPool, input: Tensor, rois: Tensor, offs
     return dy, dx, (y >= -0.5) & (y <= height - 0.5) & (x >= -0.5) & (x <= width - 0.5)
 
 
-SAMPLES = {
+SAMPLES: dict[type[nn.Module], Callable] = {
     DeformConv2d: _convolution_samples,
     ModulatedDeformConv2d: _convolution_samples,
     DeformRoIAlign: _roi_align_bins,
@@ -70,9 +72,12 @@ SAMPLES = {
 class _Watch:
     """A layer's observer: sums over the layer's calls, kept on its device so that nothing waits for them."""
 
+    sums: Any  # a tensor from the first call on
+    largest: Any
+
     def __init__(self, layer: nn.Module):
         self.layer = layer
-        self.samples_of = next(function for kind, function in SAMPLES.items() if isinstance(layer, kind))
+        self.samples_of: Callable = next(function for kind, function in SAMPLES.items() if isinstance(layer, kind))
         self.samples = self.masks = 0
         self.sums = self.largest = 0
 
@@ -129,7 +134,7 @@ class DeformOffsetHook(Hook):
         self.interval = interval
         self.threshold = threshold
         self.patterns = [layers] if isinstance(layers, str) else list(layers)
-        self._layers: dict[str, nn.Module] = {}
+        self._layers: dict[str, Any] = {}
         self._watches: dict[str, _Watch] = {}
         self._warned: set[tuple[str, str]] = set()
         self._eager = ExitStack()
@@ -162,7 +167,7 @@ class DeformOffsetHook(Hook):
         collected = [watch.collected() for watch in watches.values()]
         rows = torch.stack([one.to(collected[0].device) for one in collected]).tolist()  # waits once for the device
         every: dict[str, float] = {}
-        furthest = None
+        furthest: Any = None
         for (name, watch), (reach, finite, outside, mask, largest) in zip(watches.items(), rows, strict=True):
             mean = reach / finite if finite else float("nan")
             scalars = dict(offset_mean=mean, offset_max=largest, offset_outside=outside / watch.samples)

@@ -76,7 +76,7 @@ def _tf32_allowed() -> bool:
 
 
 # As torch.compiler.assume_constant_result says it, but without importing the compiler, which takes seconds and numpy.
-_tf32_allowed._dynamo_marked_constant = True
+_tf32_allowed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @torch.library.register_fake("dcn_plugin::deform_conv2d")

@@ -66,11 +66,11 @@ def deform_ps_roi_pool(
             shapes), or, on the CPU, a batch index out of range. On CUDA, where looking would stall the stream, such a
             RoI gives zeros.
     """
-    output_size = pair(output_size, "output_size")
-    group_size = output_size if group_size is None else pair(group_size, "group_size")
-    part_size = output_size if part_size is None else pair(part_size, "part_size")
+    bins = pair(output_size, "output_size")
+    groups = bins if group_size is None else pair(group_size, "group_size")
+    parts = bins if part_size is None else pair(part_size, "part_size")
     return torch.ops.dcn_plugin.deform_ps_roi_pool(
-        input, rois, offset, output_size, group_size, part_size, sample_per_part, float(spatial_scale), float(trans_std)
+        input, rois, offset, bins, groups, parts, sample_per_part, float(spatial_scale), float(trans_std)
     )
 
 

@@ -28,7 +28,7 @@ def _sample_zero_padded(maps: Tensor, y: Tensor, x: Tensor) -> Tensor:
     # Positions and pixels that do not count are replaced before any arithmetic: autograd would multiply their NaN by 0.
     y, x = y.where(counts, 0), x.where(counts, 0)
     top, left = y.detach().floor(), x.detach().floor()
-    total = 0
+    total = maps.new_zeros(())
     for row, weight_y in ((top, 1 - (y - top)), (top + 1, y - top)):
         for column, weight_x in ((left, 1 - (x - left)), (left + 1, x - left)):
             inside = counts & (row >= 0) & (row < height) & (column >= 0) & (column < width)
@@ -86,7 +86,7 @@ def _sample_clamped(image: Tensor, y: Tensor, x: Tensor) -> Tensor:
     x = x.where(counts, 0).clamp(0, width - 1)
     top, left = y.detach().floor(), x.detach().floor()
     bottom, right = (top + 1).clamp(max=height - 1), (left + 1).clamp(max=width - 1)
-    total = 0
+    total = image.new_zeros(())
     for row, weight_y in ((top, 1 - (y - top)), (bottom, y - top)):
         for column, weight_x in ((left, 1 - (x - left)), (right, x - left)):
             total = total + image[:, row.long(), column.long()].where(counts, 0) * (weight_y * weight_x)
