@@ -28,4 +28,10 @@ STABLE_TORCH_LIBRARY(dcn_plugin, m) {
       "deform_ps_roi_pool_backward(Tensor grad_output, Tensor input, Tensor rois, Tensor? offset, int[2] output_size, "
       "int[2] group_size, int[2] part_size, int sample_per_part, float spatial_scale, float trans_std, "
       "bool need_input, bool need_offset, bool deterministic=False) -> (Tensor grad_input, Tensor grad_offset)");
+  // Of boxes (N, 4) sorted by score, best first: for each the place of the one that suppresses it, or its own if it
+  // stays.
+  m.def("nms_suppressors(Tensor boxes, float iou_threshold, int offset=0) -> Tensor");
+  m.def(
+      "soft_nms(Tensor boxes, Tensor scores, float iou_threshold, float sigma, float min_score, int method, "
+      "int offset=0) -> (Tensor boxes_and_scores, Tensor indices)");
 }
