@@ -3,6 +3,7 @@
 Importing it imports :mod:`dcn_plugin.mmengine`, which registers the convolution types, the key ``deformable=`` and the
 hook, and then, in this order,
 
+- provides the operators that mmcv-lite lacks (:mod:`dcn_plugin.mmdet.mmcv_ext`);
 - runs mmcv's own deformable operators on ours (:mod:`dcn_plugin.mmdet.mmcv_ops`);
 - registers the RoI extractors 'DeformRoIExtractor', 'DeformGenericRoIExtractor' and 'DeformPSRoIExtractor';
 
@@ -11,7 +12,10 @@ and applies :mod:`dcn_plugin.mmdet.patches`.
 
 import dcn_plugin.mmengine  # noqa: F401
 
+from .mmcv_ext import provide_mmcv_ext
+
 try:
+    provide_mmcv_ext()  # before anything imports mmcv.ops
     import mmdet.models  # noqa: F401
 except Exception as error:
     raise ImportError(

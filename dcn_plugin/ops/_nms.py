@@ -21,11 +21,11 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int = 0) ->
         offset: added to x2 - x1 and y2 - y1 for a box's sides: 1 where x2 and y2 are the last pixels inside.
 
     Returns:
-        Indices of the boxes that stay, best first; of equal scores, the first in the order given.
+        Indices of the boxes that stay, best first; equal scores are in the order ``torch.sort`` gives them, as in mmcv.
     """
     if boxes.is_cuda and (torchvision_nms := _torchvision_nms()):
         return torchvision_nms(boxes + boxes.new_tensor([0, 0, offset, offset]), scores, iou_threshold)
-    order = scores.argsort(descending=True, stable=True)
+    order = scores.contiguous().argsort(descending=True)
     suppressor = torch.ops.dcn_plugin.nms_suppressors(boxes[order].cpu(), iou_threshold, offset)
     return order[(suppressor == torch.arange(len(suppressor))).to(order.device)]
 
@@ -33,7 +33,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int = 0) ->
 def nms_match(boxes: Tensor, scores: Tensor, iou_threshold: float) -> list[list[int]]:
     """Each box that stays, best first, followed by those that it suppresses: those whose IoU with it is at least
     ``iou_threshold`` (in :func:`nms` it has to be larger, as in mmcv)."""
-    order = scores.argsort(descending=True, stable=True)
+    order = scores.contiguous().argsort(descending=True)
     below = torch.nextafter(torch.tensor(iou_threshold, dtype=boxes.dtype), torch.tensor(-math.inf, dtype=boxes.dtype))
     suppressor = torch.ops.dcn_plugin.nms_suppressors(boxes[order].cpu(), float(below), 0)
     groups: dict[int, list[int]] = {}

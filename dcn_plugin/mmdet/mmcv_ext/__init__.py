@@ -2,7 +2,7 @@
 
 mmcv-lite has all of mmcv.ops' Python, but not the module ``mmcv._ext`` of compiled operators that it imports.
 :func:`provide_mmcv_ext` puts a module in its place that computes what MMDetection uses with PyTorch's operators and
-those of this package, on the CPU and on CUDA. It has mmcv's own argument names, so all of mmcv.ops works unchanged.
+those of this package, on the CPU and on CUDA. Its functions take mmcv's own arguments, so mmcv.ops works unchanged.
 """
 
 import importlib
@@ -13,6 +13,9 @@ from types import ModuleType
 
 import torch
 from mmengine.logging import print_log
+from mmengine.registry import MODELS
+
+from dcn_plugin.mmengine import register_conv_layers
 
 from . import carafe, deform_conv, focal_loss, masked_conv, ms_deform_attn, nms, roi_align, roi_pool
 
@@ -20,32 +23,26 @@ NAME = "mmcv._ext"
 
 
 def provide_mmcv_ext() -> bool:
-    """Puts the module in ``sys.modules`` where ``mmcv._ext`` is missing. Has to run before mmcv.ops is imported.
+    """Puts the module in ``sys.modules`` where ``mmcv._ext`` is missing, and imports mmcv.ops.
 
     Returns:
-        Whether mmcv runs on it; False where mmcv's compiled operators are installed, which nothing changes.
+        Whether mmcv runs on it; False where mmcv's compiled operators are installed, which stay in charge.
 
     Raises:
-        ModuleNotFoundError: there is no mmcv at all.
-        ImportError: mmcv's compiled operators are installed but do not load.
+        ImportError: there is no mmcv, or its compiled operators do not load.
     """
-    mmcv = importlib.import_module("mmcv")
     try:
         return isinstance(importlib.import_module(NAME), _Extension)
     except ModuleNotFoundError as error:
         if error.name != NAME:
             raise
-    except ImportError as error:
-        raise ImportError(
-            f"mmcv {mmcv.__version__}'s compiled operators do not load on PyTorch {torch.__version__} ({error}): they "
-            "were built for another. Build mmcv again for this PyTorch, or have dcn_plugin provide its operators: "
-            f"`pip uninstall mmcv` and `pip install mmcv-lite=={mmcv.__version__}`."
-        ) from error
-    mmcv._ext = sys.modules[NAME] = _Extension()
+    sys.modules[NAME] = _Extension()
+    # mmcv.ops registers its types, and fails where ours have the names already.
+    for name in ("DCN", "DCNv2"):
+        MODELS.module_dict.pop(name, None)
+    register_conv_layers()
     print_log(
-        f"mmcv {mmcv.__version__} has no compiled operators; dcn_plugin provides those that MMDetection uses",
-        logger="current",
-        level=logging.INFO,
+        "dcn_plugin provides the operators of mmcv-lite that MMDetection uses", logger="current", level=logging.INFO
     )
     return True
 
