@@ -17,7 +17,7 @@ from torch.nn.modules.utils import _pair
 
 from dcn_plugin.ops import deform_conv2d
 
-from .max_offset import checked_bound
+from .max_offset import bounded, checked_bound
 from .zero_init import ZeroInitConv2d
 
 logger = logging.getLogger("dcn_plugin")
@@ -100,8 +100,7 @@ class _DeformConv(nn.Conv2d):
     def _deform(
         self, input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None = None
     ) -> Tensor:
-        if self.max_offset is not None:
-            offset = offset.clamp(-self.max_offset, self.max_offset)
+        offset = bounded(offset, self.max_offset)
         if self.observer is not None:
             self.observer(input, offset, mask)
         return deform_conv2d(input, offset, weight, bias, self.stride, self.padding, self.dilation, mask=mask)

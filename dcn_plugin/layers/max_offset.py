@@ -1,5 +1,6 @@
 """``max_offset``: the bound that a layer may set to its offsets."""
 
+import torch
 from torch import Tensor
 
 
@@ -11,9 +12,19 @@ def checked_bound(max_offset: float | None) -> float | None:
     return float(max_offset)
 
 
+def bounded(offset: Tensor, max_offset: float | None) -> Tensor:
+    """Offsets within ``max_offset`` of 0; beyond it their gradient is 0, at it 1.
+
+    So is ``offset.clamp(-max_offset, max_offset)``, but for the gradient at the bound: it is 0 from torch 2.14 on.
+    """
+    if max_offset is None:
+        return offset
+    offset = torch.where(offset > max_offset, max_offset, offset)
+    return torch.where(offset < -max_offset, -max_offset, offset)
+
+
 def bounded_share(offset: Tensor, scale: float, max_offset: float | None) -> Tensor:
     """Offsets of which ``scale`` times is a share of a RoI's size, the share bounded by ``max_offset``."""
     if max_offset is None or scale == 0:
         return offset
-    bound = max_offset / abs(scale)
-    return offset.clamp(-bound, bound)
+    return bounded(offset, max_offset / abs(scale))

@@ -75,6 +75,12 @@ def deform_conv2d(
     return output if bias is None else output + bias[:, None, None]
 
 
+def _clamp(x: Tensor, low: float, high: float) -> Tensor:
+    """``x.clamp(low, high)``, with derivative 1 at both bounds: that of torch's is 1 before version 2.14, then 0."""
+    x = torch.where(x < low, low, x)
+    return torch.where(x > high, high, x)
+
+
 def _sample_clamped(image: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """Bilinear samples of one (C, H, W) map at positions of any shape, for RoI align: (C, *shape).
 
@@ -82,8 +88,8 @@ def _sample_clamped(image: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """
     height, width = image.shape[-2:]
     counts = (y >= -1) & (y <= height) & (x >= -1) & (x <= width)
-    y = y.where(counts, 0).clamp(0, height - 1)
-    x = x.where(counts, 0).clamp(0, width - 1)
+    y = _clamp(y.where(counts, 0), 0, height - 1)
+    x = _clamp(x.where(counts, 0), 0, width - 1)
     top, left = y.detach().floor(), x.detach().floor()
     bottom, right = (top + 1).clamp(max=height - 1), (left + 1).clamp(max=width - 1)
     total = image.new_zeros(())

@@ -17,6 +17,7 @@ from dcn_plugin.layers import (
     ModulatedDeformConv2dPack,
     ModulatedDeformRoIAlignPack,
 )
+from dcn_plugin.layers.max_offset import bounded
 from dcn_plugin.ops import deform_conv2d, deform_ps_roi_pool, deform_roi_align
 
 ROIS = torch.tensor([[0, 4.0, 4.0, 40.0, 56.0], [0, 10.0, 0.0, 30.0, 20.0]])
@@ -69,6 +70,17 @@ def test_convolution(layer):
     assert beyond.any() and not beyond.all()
     assert not offset.grad[beyond].any()
     torch.testing.assert_close(offset.grad[~beyond], bounded.grad[~beyond], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_gradient_at_the_bound_itself_is_1(dtype):
+    """On every torch: that of torch.clamp is 1 before version 2.14 and 0 from then on."""
+    offset = torch.tensor([-3.0, -2.0, -1.0, 0.0, 2.0, 3.0], dtype=dtype, requires_grad=True)
+    out = bounded(offset, 2.0)
+    assert out.dtype is dtype
+    assert out.tolist() == [-2, -2, -1, 0, 2, 2]
+    out.sum().backward()
+    assert offset.grad.tolist() == [0, 1, 1, 1, 1, 0]
 
 
 @pytest.mark.parametrize("pack", [DeformConv2dPack, ModulatedDeformConv2dPack])
