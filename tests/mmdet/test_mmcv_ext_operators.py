@@ -3,25 +3,19 @@ for the CPU, and beside a naive computation of what it means."""
 
 import itertools
 import math
+from importlib import import_module
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-pytest.importorskip("mmengine")
-pytest.importorskip("mmcv")
+pytest.importorskip("mmdet")
 
-from dcn_plugin.mmdet.mmcv_ext import _Extension
+from dcn_plugin.mmdet.mmcv_ext import _Extension, provide_mmcv_ext
 from dcn_plugin.ops import reference
 
 ours = _Extension()
-try:
-    import mmcv._ext as compiled
-except ModuleNotFoundError:
-    compiled = None
-if type(compiled) is _Extension:
-    compiled = None
-
+compiled = None if provide_mmcv_ext() else import_module("mmcv._ext")
 needs_compiled = pytest.mark.skipif(compiled is None, reason="mmcv-lite: no compiled operators to compare with")
 DTYPES = [torch.float32, torch.float64]
 
