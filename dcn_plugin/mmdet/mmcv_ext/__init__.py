@@ -36,7 +36,7 @@ def provide_mmcv_ext() -> bool:
     except ModuleNotFoundError as error:
         if error.name != NAME:
             raise
-    sys.modules[NAME] = _Extension()
+    sys.modules["mmcv"]._ext = sys.modules[NAME] = _Extension()
     # mmcv.ops registers its types, and fails where ours have the names already.
     for name in ("DCN", "DCNv2"):
         MODELS.module_dict.pop(name, None)
