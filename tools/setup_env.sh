@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# tools/setup_env.sh [dev]     sets up .venv for the demo and the tests: pinned dependencies, mmcv from its source
-#                              package, this package; with "dev", what lint, docs and wheel need too
-# A step that is done is skipped; one that was interrupted is done again. PYTHON names the Python that .venv is made with.
+# tools/setup_env.sh [dev]     sets up .venv for the demo and the tests: pinned dependencies, mmcv-lite, this package; with
+#                              "dev", what lint, docs and wheel need too
+# A step that is done is skipped; one that was interrupted is done again. In the environment, PYTHON names the Python that
+# .venv is made with, and MMCV=full compiles mmcv, for the tests and benchmarks that compare with its operators.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -9,7 +10,7 @@ cd "$(dirname "$0")/.."
 STAMPS=.venv/stamps
 LOGS=.venv/logs
 TORCH=2.13.0
-MMCV=2.1.0
+MMCV_VERSION=2.1.0
 export MAX_JOBS=${MAX_JOBS:-$(nproc)} PIP_DISABLE_PIP_VERSION_CHECK=1
 export PATH=$PWD/.venv/bin:$PATH # for python, and for ninja, which mmcv's build looks for
 
@@ -59,7 +60,11 @@ else
     "${PYTHON:-false}" -c "$is_supported" 2>/dev/null || fail "no Python $versions found: install one, or name it with PYTHON=..."
 fi
 "$PYTHON" -c 'import venv, ensurepip' 2>/dev/null || fail "$PYTHON has no venv module: install it (on Debian: python3-venv)"
-"$PYTHON" -c "$has_headers" || fail "$PYTHON has no C headers, which mmcv's build needs: install them (on Debian: python3-dev)"
+if [ "${MMCV:-lite}" = full ]; then
+    "$PYTHON" -c "$has_headers" || fail "$PYTHON has no C headers, which mmcv's build needs: install them (on Debian: python3-dev)"
+elif [ "${MMCV:-lite}" != lite ]; then
+    fail "MMCV is lite (the default) or full, not '$MMCV'"
+fi
 command -v "${CXX:-c++}" >/dev/null || fail "no C++ compiler found: install one (on Debian: g++)"
 
 step venv "$("$PYTHON" --version)" "Creating .venv of $("$PYTHON" --version) (10 s)" "'$PYTHON' -m venv .venv"
@@ -67,12 +72,19 @@ step torch $TORCH "Installing PyTorch $TORCH (a minute or more, as the network g
     "python -m pip install torch==$TORCH"
 step requirements "$(hash_of tools/requirements.txt)" "Installing the pinned dependencies (1 minute)" \
     "python -m pip install --no-deps -r tools/requirements.txt"
-# Its setup.py imports torch and pkg_resources: hence no build isolation, and setuptools before 81. Built for the CPU, a
-# visible GPU or not, since the CUDA build needs an nvcc of torch's own version. pip's cache might hold another torch's.
-step mmcv "$MMCV for torch $TORCH" "Building mmcv $MMCV from its source package (7 to 9 minutes on two cores, once)" "
-    python -c 'import torch, mmcv._ext' && exit
-    CUDA_VISIBLE_DEVICES= python -m pip install -v --force-reinstall --no-cache-dir --no-deps --no-build-isolation \
-        --no-binary mmcv mmcv==$MMCV"
+if [ "${MMCV:-lite}" = full ]; then
+    # Its setup.py imports torch and pkg_resources: hence no build isolation, and setuptools before 81. Built for the CPU,
+    # a visible GPU or not, since the CUDA build needs an nvcc of torch's own version. pip's cache might hold another
+    # torch's. mmcv-lite has the same files, and goes first.
+    step mmcv "$MMCV_VERSION for torch $TORCH" "Building mmcv $MMCV_VERSION from its source package (7 to 9 minutes on two cores, once)" "
+        python -c 'import torch, mmcv._ext' && exit
+        python -m pip uninstall -y mmcv-lite
+        CUDA_VISIBLE_DEVICES= python -m pip install -v --force-reinstall --no-cache-dir --no-deps --no-build-isolation \
+            --no-binary mmcv mmcv==$MMCV_VERSION"
+elif [ ! -f $STAMPS/mmcv ]; then # a compiled mmcv does as well
+    step mmcv-lite $MMCV_VERSION "Installing mmcv-lite $MMCV_VERSION (5 s)" \
+        "python -m pip install --no-deps mmcv-lite==$MMCV_VERSION"
+fi
 if [ "$*" = dev ]; then
     step requirements-dev "$(hash_of tools/requirements-dev.txt)" "Installing linters and what the site is made with (20 s)" \
         "python -m pip install --no-deps -r tools/requirements-dev.txt"
