@@ -36,7 +36,8 @@ def provide_mmcv_ext() -> bool:
     except ModuleNotFoundError as error:
         if error.name != NAME:
             raise
-    sys.modules["mmcv"]._ext = sys.modules[NAME] = _Extension()
+    sys.modules[NAME] = extension = _Extension()
+    setattr(sys.modules["mmcv"], "_ext", extension)  # noqa: B010  the import system would have set it
     # mmcv.ops registers its types, and fails where ours have the names already.
     for name in ("DCN", "DCNv2"):
         MODELS.module_dict.pop(name, None)

@@ -77,8 +77,8 @@ def deform_roi_pool_forward(
 ) -> None:
     """``offset`` has no elements where the bins are straight."""
     size = (pooled_height, pooled_width)
-    offset = offset if offset.numel() else None
-    output.copy_(deform_roi_align(input, rois, offset, size, spatial_scale, sampling_ratio, gamma))
+    bins = offset if offset.numel() else None
+    output.copy_(deform_roi_align(input, rois, bins, size, spatial_scale, sampling_ratio, gamma))
 
 
 def deform_roi_pool_backward(
