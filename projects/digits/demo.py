@@ -21,6 +21,7 @@ import numpy as np
 
 HERE = Path(__file__).parent
 TOOLS = Path(mmdet.__file__).parent / ".mim" / "tools"
+TOOL = ("-m", "dcn_plugin.mmdet")  # runs a tool where mmcv is mmcv-lite too
 # OpenMP's threads spin while they wait: beside one busy process a training then takes ten times as long.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", **os.environ}
 ITERATION = re.compile(r"Epoch\(train\)\s+\[(\d+)\]\[\s*(\d+)/(\d+)\].*?eta: ([\d:]+).*?\sloss: ([\d.]+)")
@@ -84,7 +85,7 @@ def train(work_dir, config, epochs, resume, **options):
         (work_dir / "config.txt").write_text(config.read_text())
     run(
         f"{'Going on with' if resume else 'Training'} the detector (5 minutes on two cores; mmdet's tools/train.py)",
-        *(TOOLS / "train.py", config, "--work-dir", work_dir, *(["--resume"] if resume else [])),
+        *(*TOOL, TOOLS / "train.py", config, "--work-dir", work_dir, *(["--resume"] if resume else [])),
         progress=Progress(epochs),
         **options,
     )
@@ -97,7 +98,7 @@ def test(work_dir, config, checkpoint, **options):
     shutil.rmtree(out, ignore_errors=True)
     run(
         "Testing the checkpoint (half a minute; mmdet's tools/test.py)",
-        *(TOOLS / "test.py", config, checkpoint, "--work-dir", out, "--show-dir", "pictures"),
+        *(*TOOL, TOOLS / "test.py", config, checkpoint, "--work-dir", out, "--show-dir", "pictures"),
         *("--cfg-options", "default_hooks.visualization.score_thr=0.25"),
         **options,
     )
