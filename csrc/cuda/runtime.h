@@ -72,20 +72,15 @@ struct LaunchShape {
 #define DCN_CUDA_CAPABILITIES "unknown"
 #endif
 
-[[noreturn]] inline void refuse_gpu() {
-  int device = 0;
-  cudaDeviceProp gpu{};
-  cudaGetDevice(&device);
-  cudaGetDeviceProperties(&gpu, device);
-  std::ostringstream text;
-  text << "dcn_plugin was built for GPUs of compute capability " DCN_CUDA_CAPABILITIES ", and this one, " << gpu.name
-       << ", has " << gpu.major << '.' << gpu.minor << ": rebuild it with TORCH_CUDA_ARCH_LIST=" << gpu.major << '.'
-       << gpu.minor << " in the environment";
-  throw std::runtime_error(text.str());
-}
-
 inline void check_cuda(cudaError_t status, const char* what) {
-  if (status == cudaErrorNoKernelImageForDevice) refuse_gpu();
+  if (status == cudaErrorNoKernelImageForDevice) {
+    int device = 0, major = 0, minor = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    check(false, "dcn_plugin was built for GPUs of compute capability " DCN_CUDA_CAPABILITIES ", and this one has ",
+          major, '.', minor, ": rebuild it with TORCH_CUDA_ARCH_LIST=", major, '.', minor, " in the environment");
+  }
   check(status == cudaSuccess, "CUDA error in ", what, ": ", cudaGetErrorString(status));
 }
 
