@@ -20,7 +20,7 @@ try:
 except Exception as error:
     raise ImportError(
         f"dcn_plugin.mmdet needs MMDetection, which does not import ({type(error).__name__}: {error}): install it with "
-        "`pip install 'mmdet>=3.0'` and the mmcv it asks for; without MMDetection, import dcn_plugin.mmengine"
+        "`pip install 'mmdet>=3.0' 'mmcv-lite<2.2'` (docs/install.md); without MMDetection, import dcn_plugin.mmengine"
     ) from error
 
 from . import mmcv_ops, patches
