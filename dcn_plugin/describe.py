@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from .convert import KINDS
 from .layers import DeformConv2d, ModulatedDeformConv2d
 from .layers.zero_init import ZeroInitConv2d
+from .ops.flops import product, sampling
 
 # What a detector runs on the maps of its neck. RoI heads are not among them: their cost depends on the number of boxes.
 DENSE_HEADS = ("rpn_head", "bbox_head", "mask_head", "semantic_head", "roi_head.semantic_head")
@@ -79,14 +80,10 @@ def _trace(model: nn.Module, shape: tuple[int, int]) -> dict:
     flops: dict[Any, int] = defaultdict(int)
 
     def count(conv, inputs, output):
-        small, channels = (
-            (inputs[0], conv.out_channels) if isinstance(conv, _ConvTransposeNd) else (output, conv.in_channels)
-        )
-        taps = conv.weight[0, 0].numel()
-        flops[conv] += small.numel() * channels // conv.groups * taps
+        small = inputs[0] if isinstance(conv, _ConvTransposeNd) else output
+        flops[conv] += product(conv.weight.shape, small.shape)
         if isinstance(conv, (DeformConv2d, ModulatedDeformConv2d)):
-            # Four neighbours for each value that the plain convolution reads.
-            flops[conv, "sampling"] += 4 * output[:, 0].numel() * conv.in_channels * taps
+            flops[conv, "sampling"] += sampling(inputs[0].shape, conv.weight.shape, output.shape)
 
     model = model.to("meta").eval() or model  # meta: shapes alone, nothing is computed; mmdet's ResNet.eval gives None
     hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, _ConvNd)]

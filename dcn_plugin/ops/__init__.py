@@ -1,7 +1,8 @@
 """Deformable operators for CPU and CUDA tensors; needs torch alone."""
 
+from . import flops
 from .deform_conv2d import deform_conv2d
 from .deform_ps_roi_pool import deform_ps_roi_pool
 from .deform_roi_align import deform_roi_align
 
-__all__ = ["deform_conv2d", "deform_ps_roi_pool", "deform_roi_align"]
+__all__ = ["deform_conv2d", "deform_ps_roi_pool", "deform_roi_align", "flops"]
