@@ -1,0 +1,126 @@
+"""The plot of accuracy over scale, and the moving picture of where a digit's network looks as its scale changes."""
+
+import statistics
+from pathlib import Path
+
+import torch
+from data import SIZE, rescale
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# Differ in lightness too.
+COLOURS = ["#777777", "#0072b2", "#56b4e9", "#e69f00", "#cc79a7", "#333333"]
+ZOOM, PAD, CAPTION = 8, 4, 16  # pixels of the picture: a digit's pixel, around a panel, the line of text below
+
+
+def accuracy_by_scale(results: dict, path: Path) -> None:
+    """A line for each network, its mean over the seeds, in a band of their standard deviation."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    style = {"svg.fonttype": "none", "svg.hashsalt": "dcn_plugin", "axes.spines.top": False, "axes.spines.right": False}
+    seeds = list(results["seeds"].values())
+    with plt.rc_context(style):
+        figure, axis = plt.subplots(figsize=(7, 3.6))
+        for name, colour in zip(seeds[0], COLOURS, strict=True):
+            scales = [float(scale) for scale in seeds[0][name]["accuracy"]]
+            found = list(zip(*(rows[name]["accuracy"].values() for rows in seeds), strict=True))
+            means = [statistics.mean(values) for values in found]
+            spread = [statistics.stdev(values) if len(seeds) > 1 else 0 for values in found]
+            band = [[m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1)]
+            axis.plot(scales, means, color=colour, label=name, linestyle="--" if colour == COLOURS[-1] else "-")
+            axis.fill_between(scales, *band, color=colour, alpha=0.2, linewidth=0)
+        axis.set(xlabel="scale of the test digits", ylabel="right (%)", ylim=(0, 101))
+        axis.grid(color="#e5e5e5", linewidth=0.7)
+        axis.legend(frameon=False, fontsize=8, loc="lower right")
+        figure.tight_layout()
+        figure.savefig(path, facecolor="white", metadata=dict(Date=None))
+        plt.close(figure)
+
+
+@torch.no_grad()
+def image_points(net: nn.Sequential, image: Tensor, position: tuple[int, int]) -> Tensor:
+    """Where the convolutions after the stem sample for one output position of the last, composed: 9 * 9 * 9 points.
+
+    Args:
+        net: of :func:`experiment.cnn`, any of whose convolutions may be deformable.
+        image: (1, 1, 28, 28).
+        position: (y, x) on the last convolution's output.
+
+    Returns:
+        (729, 2), y and x in pixels of the stem's output, which has the image's size. A layer's offsets are read between
+        its positions bilinearly, and beyond its map at the border.
+    """
+    layers, features = [], net.stem(image)
+    for block in (net.conv2, net.conv3, net.conv4):
+        layers.append((block[0], features))
+        features = block(features)
+    points = torch.tensor([position], dtype=torch.float32)
+    for conv, features in reversed(layers):
+        grid = torch.stack(torch.meshgrid(torch.arange(3.0), torch.arange(3.0), indexing="ij"), -1).reshape(9, 2)
+        taps = points[:, None] * conv.stride[0] - conv.padding[0] + grid
+        if hasattr(conv, "conv_offset"):
+            offsets = conv.conv_offset(features)[:, :18]
+            size = torch.tensor(offsets.shape[:1:-1])  # width, height
+            at = (2 * points.flip(1) + 1) / size - 1
+            offsets = F.grid_sample(offsets, at[None, None], padding_mode="border", align_corners=False)
+            taps = taps + offsets[0, :, 0].T.reshape(-1, 9, 2)
+        points = taps.reshape(-1, 2)
+    return points
+
+
+@torch.no_grad()
+def sampling_points(nets: dict[str, nn.Module], images: Tensor, labels: Tensor, path: Path) -> None:
+    """A GIF of one digit from full size to the smallest and back: a panel for each network with its points and answer.
+
+    The digit is the first that all networks get right at full size and the deformable ones at the smallest too.
+    """
+    from PIL import Image
+
+    scales = torch.linspace(1, 0.4, 25)
+
+    def right(scale):
+        return {
+            name: net(rescale(images, torch.full((len(images),), scale))).argmax(1) == labels
+            for name, net in nets.items()
+        }
+
+    full, small = right(1.0), right(0.4)
+    plain = next(iter(nets))
+    good = torch.stack([*full.values(), *(found for name, found in small.items() if name != plain)]).all(0)
+    chosen = int(good.int().argmax())
+    frames = []
+    for scale in scales:
+        image = rescale(images[chosen : chosen + 1], scale[None])
+        panels = [_panel(net, name, image) for name, net in nets.items()]
+        width = sum(panel.width for panel in panels)
+        frame = Image.new("RGB", (width, panels[0].height), "white")
+        for i, panel in enumerate(panels):
+            frame.paste(panel, (i * panel.width, 0))
+        frames.append(frame.quantize(48, dither=Image.Dither.NONE))
+    frames += frames[-2:0:-1]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=90, loop=0, optimize=True)
+
+
+def _panel(net: nn.Sequential, name: str, image: Tensor):
+    from PIL import Image, ImageDraw
+
+    side = SIZE * ZOOM
+    digit = Image.fromarray((image[0, 0] * 150).byte().numpy()).resize((side, side), Image.Resampling.NEAREST)
+    panel = Image.new("RGB", (side + 2 * PAD, side + 2 * PAD + CAPTION), "white")
+    panel.paste(digit, (PAD, PAD))
+    draw = ImageDraw.Draw(panel)
+
+    def dot(y, x, radius, colour):
+        y, x = PAD + (y + 0.5) * ZOOM, PAD + (x + 0.5) * ZOOM
+        if min(y, x) >= PAD and max(y, x) < PAD + side:
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+
+    for y, x in image_points(net, image, (3, 3)).tolist():
+        dot(y, x, 1.5, "#ff5030")
+    dot(12, 12, 3, "#30d030")  # the output position (3, 3), by the strides alone
+    answer = net(image).softmax(1)[0]
+    draw.text((PAD, side + PAD + 3), f"{name}: {int(answer.argmax())} ({float(answer.max()):.0%})", fill="black")
+    return panel
