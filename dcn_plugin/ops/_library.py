@@ -154,3 +154,16 @@ def memory_format_of(tensor: torch.Tensor) -> torch.memory_format:
     if c == 1 and channels > 1 and w >= channels and h >= w * width:
         return torch.channels_last
     return torch.contiguous_format
+
+
+def check_onnx_export(operator: str) -> None:
+    """Where ``torch.onnx.export`` is about to fail for want of this package's translations, says how to give it them.
+
+    Fake kernels ask, since the exporter runs these first. What is not imported cannot have been passed.
+    """
+    exporter = sys.modules.get("torch.onnx")
+    if exporter is not None and exporter.is_in_onnx_export() and f"{NAMESPACE}.onnx" not in sys.modules:
+        raise RuntimeError(
+            f"torch.onnx.export knows {NAMESPACE}::{operator} by dcn_plugin.onnx alone: import it and pass "
+            "custom_translation_table=dcn_plugin.onnx.translations()"
+        )

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ._library import (
     check_devices,
+    check_onnx_export,
     memory_format_of,
     overridable,
     pair,
@@ -81,6 +82,7 @@ _tf32_allowed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @torch.library.register_fake("dcn_plugin::deform_conv2d")
 def _fake(input, offset, weight, bias, mask, stride, padding, dilation, allow_tf32=False):
+    check_onnx_export("deform_conv2d")
     check_devices(input, offset=offset, weight=weight, bias=bias, mask=mask)
     size = [
         (input.shape[i + 2] + 2 * padding[i] - dilation[i] * (weight.shape[i + 2] - 1) - 1) // stride[i] + 1

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ._library import (
     check_devices,
+    check_onnx_export,
     memory_format_of,
     overridable,
     pair,
@@ -76,6 +77,7 @@ def deform_ps_roi_pool(
 
 @torch.library.register_fake("dcn_plugin::deform_ps_roi_pool")
 def _fake(input, rois, offset, output_size, group_size, part_size, sample_per_part, spatial_scale, trans_std):
+    check_onnx_export("deform_ps_roi_pool")
     check_devices(input, rois=rois, offset=offset)
     output_dim = input.shape[1] // (group_size[0] * group_size[1])
     output = input.new_empty(rois.shape[0], output_dim, *output_size)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ._library import (
     check_devices,
+    check_onnx_export,
     memory_format_of,
     overridable,
     pair,
@@ -72,6 +73,7 @@ def deform_roi_align(
 
 @torch.library.register_fake("dcn_plugin::deform_roi_align")
 def _fake(input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma):
+    check_onnx_export("deform_roi_align")
     check_devices(input, rois=rois, offset=offset, mask=mask)
     output = input.new_empty(rois.shape[0], input.shape[1], *output_size)
     return output.contiguous(memory_format=memory_format_of(input))

@@ -1,0 +1,54 @@
+"""What ``torch.onnx.export`` needs to know of this package's operators; the models then use standard ONNX operators.
+
+::
+
+    import dcn_plugin.onnx
+
+    torch.onnx.export(
+        model, args, "model.onnx", dynamo=True, custom_translation_table=dcn_plugin.onnx.translations()
+    )
+
+:func:`dcn_plugin.ops.deform_conv2d` becomes DeformConv, which ONNX has from opset 19 on; the RoI operators become
+gathers and arithmetic. Importing this module also registers :func:`deform_conv2d_symbolic` with the TorchScript
+exporter (``dynamo=False``), so that tools which take their imports from a config (``custom_imports``) find it.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from dcn_plugin import ops  # noqa: F401  (the operators exist)
+
+from .torchscript import deform_conv2d_symbolic
+
+__all__ = ["deform_conv2d_symbolic", "translations"]
+
+
+def translations() -> dict[Callable, Callable]:
+    """The ``custom_translation_table`` of ``torch.onnx.export`` for this package's operators.
+
+    ========================  ========================================================================================
+    deform_conv2d             DeformConv; groups, deform groups, any batch and image size, v1 and v2
+    deform_roi_align          Gather and arithmetic; ``sampling_ratio`` of 1 at least
+    deform_ps_roi_pool        Gather and arithmetic
+    ========================  ========================================================================================
+
+    Raises:
+        ImportError: onnxscript is not installed.
+        ValueError: (the exporter, in the middle of its own messages) an opset older than 19; a deform_roi_align whose
+            ``sampling_ratio`` is 0.
+    """
+    try:
+        from . import dynamo
+    except ModuleNotFoundError as error:
+        if error.name not in ("onnx", "onnxscript", "onnx_ir"):
+            raise
+        raise ImportError(
+            f"exporting to ONNX needs {error.name}, which is not installed: `pip install dcn_plugin[onnx]`"
+        ) from error
+    operators = torch.ops.dcn_plugin
+    return {
+        operators.deform_conv2d.default: dynamo.deform_conv2d,
+        operators.deform_roi_align.default: dynamo.deform_roi_align,
+        operators.deform_ps_roi_pool.default: dynamo.deform_ps_roi_pool,
+    }
