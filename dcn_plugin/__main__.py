@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from . import __version__
-from .commands import convert_checkpoint, inspect
+from .commands import convert_checkpoint, export, inspect, test_exported
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -13,6 +13,8 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     inspect.add_parser(commands)
     convert_checkpoint.add_parser(commands)
+    export.add_parser(commands)
+    test_exported.add_parser(commands)
     args = parser.parse_args(arguments)
     try:
         args.run(args)
