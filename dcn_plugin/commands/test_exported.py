@@ -86,8 +86,8 @@ class _Timed:
 
 def _evaluate(runner, network, run) -> dict:
     timed = _Timed(run)
-    network.run_detector_with(timed)
-    metrics = runner.test()
+    with network.replaced_by(timed):
+        metrics = runner.test()
     return {"images/s": timed.images / timed.seconds, **metrics}
 
 

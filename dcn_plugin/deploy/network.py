@@ -85,30 +85,33 @@ class Network(nn.Module):
             names += [prefix + argument] if isinstance(output, Tensor) else [f"{prefix}{argument}_{i}" for i in range(found)]
         return names
 
-    def run_detector_with(self, run) -> None:
-        """Makes the detector take its tensors from ``run``, which is given normalised images and answers as this does.
+    @contextmanager
+    def replaced_by(self, run) -> Iterator[None]:
+        """Meanwhile the detector's own ``predict`` takes its tensors from ``run``, which answers as this network does.
 
-        The detector's ``predict`` then runs ``run`` and its own post-processing.
+        ``run`` is given images as the data_preprocessor makes them, and may be this network itself.
         """
-        template = []
+        detector, head, structure = self.detector, self.head, []
 
         def extract_feat(images):
-            if not template:
-                template.append(original(images))
-            tree = rebuild(template[0], iter(run(images)))
-            self.head.forward = lambda maps: tree[1] if self.two_stage else tree
-            return tree[0] if self.two_stage else tree
-
-        def original(images):
-            self.head.__dict__.pop("forward", None)
-            self.detector.__dict__.pop("extract_feat", None)
-            try:
+            restore()
+            if not structure:
                 with torch.no_grad():
-                    return self.parts(images[:1])
-            finally:
-                self.detector.extract_feat = extract_feat
+                    structure.append(self.parts(images[:1]))
+            parts = rebuild(structure[0], iter(run(images)))
+            detector.extract_feat = extract_feat
+            head.forward = lambda maps: parts[1] if self.two_stage else parts
+            return parts[0] if self.two_stage else parts
 
-        self.detector.extract_feat = extract_feat
+        def restore():
+            detector.__dict__.pop("extract_feat", None)
+            head.__dict__.pop("forward", None)
+
+        detector.extract_feat = extract_feat
+        try:
+            yield
+        finally:
+            restore()
 
 
 def leaves(tree) -> list[Tensor]:
