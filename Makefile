@@ -11,7 +11,7 @@ CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 export OMP_WAIT_POLICY := passive # with a busy neighbour, threads that spin are up to 30 times slower
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test lint format docs bench cuda sdist wheel gpu-check clean
+.PHONY: help setup setup-dev demo scaled-digits test lint format docs bench cuda sdist wheel gpu-check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ setup-dev:  ## the same and what lint, docs and wheel need
 
 demo: setup  ## train and test a deformable detector on handwritten digits (under 10 minutes; FORCE=1: again; VERBOSE=1: all output)
 	@$(BIN)/python projects/digits/demo.py --config $(CONFIG) --work-dir $(WORK_DIR) $(if $(FORCE),--force) $(if $(VERBOSE),--verbose)
+
+scaled-digits: setup  ## train nothing but offsets, for digits of other sizes (under 10 minutes)
+	$(BIN)/python projects/scaled_digits/experiment.py
 
 test: lint docs  ## check style, types, links, and run the tests (MMCV=full: also those that compare with mmcv's operators)
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
