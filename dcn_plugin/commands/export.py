@@ -1,4 +1,4 @@
-"""``python -m dcn_plugin export CONFIG CHECKPOINT OUT``: a detector's network for other runtimes, compared with PyTorch."""
+"""``python -m dcn_plugin export CONFIG CHECKPOINT OUT``: a detector's network for other runtimes."""
 
 import argparse
 import json
@@ -15,9 +15,9 @@ SUFFIXES = {".onnx": "onnx", ".xml": "openvino", ".pt2": "torch-export"}
 TOLERANCE = {"float32": 1e-3, "float16": 5e-2}
 
 DESCRIPTION = """\
-Writes the part of a detector of mmdet's that computes tensors from images (backbone, neck and dense head), and beside it
-OUT.json: the input, the classes, the pipeline and what the head's post-processing needs. The written file is
-read again and run on real images, and each output compared with PyTorch's. Where anything fails, nothing is written. Of a
+Writes the part of a detector of mmdet's that computes tensors from images (backbone, neck and dense head), and beside
+it OUT.json: the input, the classes, the pipeline and what the head's post-processing needs. The written file is read
+again and run on real images, and each output compared with PyTorch's. Where anything fails, nothing is written. Of a
 two-stage detector backbone, neck and RPN are written; its roi_head stays in PyTorch.
 """
 
@@ -40,7 +40,11 @@ def add_parser(subparsers) -> None:
         help="of the images (default: that of the config's test pipeline)",
     )
     add("--batch", type=int, default=1, help="images at once, unless --dynamic (default: 1)")
-    add("--dynamic", action="store_true", help="any batch, and any height and width that are multiples of 32")
+    add(
+        "--dynamic",
+        action="store_true",
+        help="any batch, and any height and width that are multiples of 32 from 160 on",
+    )
     add("--dtype", choices=tuple(TOLERANCE), default="float32", help="of the weights and of what is computed")
     add("--normalize", action="store_true", help="include the normalisation: the input is BGR pixels, 0 to 255")
     add("--opset", type=int, default=20, help="of ONNX, 19 at least (default: 20)")
@@ -95,8 +99,10 @@ def export(
     if path.suffix != WRITERS[format].suffix:
         raise ValueError(f"{target}: a file of the format {format} ends in {WRITERS[format].suffix}")
     height, width = shape or _config.image_size(cfg) or _no_size(config)
-    if dynamic and (height % 32 or width % 32 or min(height, width) < 64):
-        raise ValueError(f"--dynamic needs a --shape of multiples of 32, 64 at least, to start from; got {height} {width}")
+    if dynamic and (height % 32 or width % 32 or min(height, width) < 160):
+        raise ValueError(
+            f"--dynamic needs a --shape of multiples of 32, 160 at least, to start from; got {height} {width}"
+        )
     if not path.parent.is_dir():
         raise ValueError(f"{path.parent}: no such folder")
     detector = _config.build(cfg)
@@ -141,15 +147,13 @@ def compare(names: list[str], expected: list, outputs: list, tolerance: float) -
     """
     rows, wrong = [], []
     for i, name in enumerate(names):
-        deviation = relative = 0.0
-        for ours, theirs in zip(expected, outputs, strict=True):
-            if theirs[i].shape != ours[i].shape:
-                raise ValueError(f"{name}: {tuple(theirs[i].shape)} in place of {tuple(ours[i].shape)}; nothing was written")
-            difference = float((theirs[i].float() - ours[i]).abs().max())
-            deviation = max(deviation, difference)
-            relative = max(relative, difference / max(float(ours[i].abs().max()), 1e-12))
-        rows.append(f"  {name:24} {str(tuple(expected[0][i].shape)):22} {deviation:.1e} ({relative:.1e} of the largest)")
-        if not relative <= tolerance:
+        pairs = [(ours[i], theirs[i].float()) for ours, theirs in zip(expected, outputs, strict=True)]
+        for ours, theirs in pairs:
+            if ours.shape != theirs.shape:
+                raise ValueError(f"{name}: {tuple(theirs.shape)} in place of {tuple(ours.shape)}; nothing was written")
+        deviation, relative = (max(values) for values in zip(*(_deviation(*pair) for pair in pairs), strict=True))
+        rows.append(f"  {name:24} {str(tuple(pairs[0][0].shape)):22} {deviation:.1e} ({relative:.1e} of the largest)")
+        if relative > tolerance:
             wrong.append(name)
     if wrong:
         raise ValueError(
@@ -157,6 +161,12 @@ def compare(names: list[str], expected: list, outputs: list, tolerance: float) -
             "written:\n" + "\n".join(rows)
         )
     return "\n".join(rows)
+
+
+def _deviation(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float]:
+    """The largest difference, and its share of the largest value; infinite where a number is missing."""
+    difference = float((theirs - ours).abs().nan_to_num(nan=float("inf")).max())
+    return difference, difference / max(float(ours.abs().max()), 1e-12)
 
 
 def _no_size(config: str):

@@ -1,4 +1,4 @@
-"""``python -m dcn_plugin test-exported CONFIG OUT``: mmdet's evaluation with an exported network in the model's place."""
+"""``python -m dcn_plugin test-exported CONFIG OUT``: mmdet's evaluation with an exported network in the model."""
 
 import argparse
 import tempfile
@@ -10,9 +10,9 @@ import torch
 from . import _config
 
 DESCRIPTION = """\
-Runs mmdet's evaluation twice in one process, with the detector in PyTorch and with the exported network in its place, the
-rest (data, preprocessing, the head's boxes, NMS) being mmdet's both times. Prints the metrics of both and the images a second
-of the networks alone, on as many threads each.
+Runs mmdet's evaluation in one process with the detector in PyTorch and with each exported network in its place, the
+rest (data, preprocessing, the head's boxes, NMS) being mmdet's each time. Prints the metrics of all and the images a
+second of the networks alone, on as many threads each.
 """
 
 
@@ -32,7 +32,9 @@ def _run(args: argparse.Namespace) -> None:
     print(test_exported(args.config, args.exported, _config.parsed(args.cfg_options), args.checkpoint))
 
 
-def test_exported(config: str, exported: list[str], cfg_options: dict | None = None, checkpoint: str | None = None) -> str:
+def test_exported(
+    config: str, exported: list[str], cfg_options: dict | None = None, checkpoint: str | None = None
+) -> str:
     """The table of metrics and speeds.
 
     Raises:
@@ -54,6 +56,7 @@ def test_exported(config: str, exported: list[str], cfg_options: dict | None = N
         raise ValueError(f"{checkpoint}: no such checkpoint; --checkpoint FILE says where it is")
     with tempfile.TemporaryDirectory() as work_dir:
         cfg.work_dir, cfg.load_from, cfg.resume, cfg.log_level = work_dir, None, False, "WARNING"
+        cfg.visualizer, cfg.experiment_name = None, Path(work_dir).name  # MMEngine keeps those of an earlier run
         kind = cfg.get("runner_type")
         runner = (RUNNERS.get(kind) if kind else Runner).from_cfg(cfg)
         load_checkpoint(runner.model, checkpoint, map_location="cpu", logger="silent")
@@ -120,10 +123,11 @@ def _sized(run, network, about: dict, path: Path):
 
 
 def _table(results: dict[str, dict]) -> str:
-    names = list(next(iter(results.values())))
+    names = list({name: None for metrics in results.values() for name in metrics})
     width = max(map(len, [*results, "network"]))
     lines = [f"{'network':{width}}  " + "  ".join(names)]
     for network, metrics in results.items():
-        cells = (f"{metrics[name]:.1f}" if name == "images/s" else f"{metrics[name]:.4f}" for name in names)
+        values = {name: metrics.get(name, float("nan")) for name in names}  # mmdet has none where nothing is found
+        cells = (f"{value:.1f}" if name == "images/s" else f"{value:.4f}" for name, value in values.items())
         lines.append(f"{network:{width}}  " + "  ".join(c.rjust(len(n)) for c, n in zip(cells, names, strict=True)))
     return "\n".join(lines)

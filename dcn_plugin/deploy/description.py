@@ -11,12 +11,14 @@ from dcn_plugin import __version__
 from .network import Network
 
 
-def describe(config, checkpoint: str, form: str, network: Network, images: Tensor, dynamic: bool, names: list[str]) -> dict:
+def describe(
+    config, checkpoint: str, form: str, network: Network, images: Tensor, dynamic: bool, names: list[str]
+) -> dict:
     """A dict of plain values."""
     preprocessor = dict(config.model.get("data_preprocessor") or {})
     loader = config.get("test_dataloader") or {}
     batch, _, height, width = images.shape
-    multiple = "a multiple of 32"
+    multiple = "a multiple of 32, from 160 on"
     return plain(
         dict(
             format=form,
@@ -74,5 +76,7 @@ def read(path: Path) -> dict:
     """
     file = description_of(path)
     if not path.exists() or not file.exists():
-        raise ValueError(f"{path if not path.exists() else file} is not there: `python -m dcn_plugin export` writes both")
+        raise ValueError(
+            f"{path if not path.exists() else file} is not there: `python -m dcn_plugin export` writes both"
+        )
     return json.loads(file.read_text())

@@ -28,11 +28,14 @@ class Exported:
     opset: int
 
     def program(self) -> torch.export.ExportedProgram:
-        """Captured by torch.export; where sizes are dynamic, height and width are multiples of 32."""
+        """Captured by torch.export; dynamic heights and widths are multiples of 32.
+
+        From 160 on: a map of stride 128, of the coarsest level, that is one pixel wide has a graph of its own.
+        """
         shapes = None
         if self.dynamic:
             dim = torch.export.Dim
-            height, width = (32 * dim(f"{name}_32", min=2, max=4096) for name in ("height", "width"))
+            height, width = (32 * dim(f"{name}_32", min=5, max=4096) for name in ("height", "width"))
             shapes = ({0: dim("batch", min=1, max=4096), 2: height, 3: width},)
         with layer_of_error(self.network), _quiet():
             return torch.export.export(self.network, (self.images,), dynamic_shapes=shapes, strict=False)
@@ -86,7 +89,18 @@ def write_openvino(exported: Exported, path: Path) -> None:
 
     half = exported.images.dtype == torch.float16
     with layer_of_error(exported.network), _quiet():
-        model = convert(exported.network, exported.images, exported.names, exported.dynamic)
+        traced = torch.jit.trace(exported.network, exported.images, check_trace=False)
+    try:
+        with _quiet():
+            model = convert(traced, exported.images, exported.names, exported.dynamic)
+    except openvino.frontend.OpConversionFailure as error:
+        # "... conversion of operation __module.LAYER/OPERATOR with schema ...", and a rule's own error further down
+        text = str(error)
+        found = re.search(r"conversion of operation (?:__module\.)?(\S+) with", text)
+        found = found or re.search(r"Conversion is failed for: (.+)", text)
+        own = re.search(r"ValueError: (.+)", text)
+        where = found[1].removeprefix("detector.") if found else type(exported.network.detector).__name__
+        raise ValueError(f"{where} cannot be converted: {own[1] if own else 'OpenVINO has no rule for it'}") from error
     openvino.save_model(model, path, compress_to_fp16=half)
 
 
@@ -134,7 +148,7 @@ FORMATS = {
 
 @contextmanager
 def written_together(path: Path) -> Iterator[Path]:
-    """Yields a path of the same name in a temporary folder; what is there in the end, if all went well, moves to path's."""
+    """Yields a path of the same name in a temporary folder; without an error, all that is there moves to path's."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         yield Path(folder, path.name)
         for file in Path(folder).iterdir():
@@ -159,6 +173,11 @@ def _require(package: str, extra: str):
 @contextmanager
 def _quiet():
     """Exporters report their progress, and warn of their own internals."""
-    with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+    with (
+        warnings.catch_warnings(),
+        open(os.devnull, "w") as nowhere,
+        redirect_stdout(nowhere),
+        redirect_stderr(nowhere),
+    ):
         warnings.simplefilter("ignore")
         yield

@@ -12,7 +12,7 @@ from .network import fit
 
 
 def real_images(config, detector: nn.Module, files: list[str], count: int = 2) -> list[Tensor]:
-    """Normalised images (1, 3, H, W): of the files named, or the first of the config's test set, or none if it has none."""
+    """Normalised images (1, 3, H, W): of the files named, else the first of the test set, none where it is absent."""
     samples = _of_files(config, files) if files else _of_test_set(config, count)
     with torch.no_grad():
         return [detector.data_preprocessor(_batch(sample), False)["inputs"] for sample in samples]
@@ -31,7 +31,9 @@ def _of_files(config, files):
     from mmcv.transforms import Compose
     from mmdet.utils import get_test_pipeline_cfg
 
-    steps = [step for step in copy.deepcopy(get_test_pipeline_cfg(config)) if "LoadAnnotations" not in str(step["type"])]
+    steps = [
+        step for step in copy.deepcopy(get_test_pipeline_cfg(config)) if "LoadAnnotations" not in str(step["type"])
+    ]
     pipeline = Compose(steps)
     for file in files:
         if not Path(file).is_file():

@@ -82,7 +82,9 @@ class Network(nn.Module):
         names = [f"map_{level}" for level in range(len(maps))]
         for argument, output in zip(arguments, outputs, strict=False):
             found = len(leaves(output))
-            names += [prefix + argument] if isinstance(output, Tensor) else [f"{prefix}{argument}_{i}" for i in range(found)]
+            names += (
+                [prefix + argument] if isinstance(output, Tensor) else [f"{prefix}{argument}_{i}" for i in range(found)]
+            )
         return names
 
     @contextmanager

@@ -6,12 +6,13 @@ OpenVINO 2026.4's ONNX frontend has no rule for DeformConv, and its own operator
 
 import numpy as np
 import openvino
+import torch
 from openvino import opset8
 from openvino.frontend.pytorch import ConversionExtension
-from torch import Tensor, nn
+from torch import Tensor
 
 
-def convert(network: nn.Module, images: Tensor, names: list[str], dynamic: bool) -> openvino.Model:
+def convert(network: torch.jit.ScriptModule, images: Tensor, names: list[str], dynamic: bool) -> openvino.Model:
     """A traced network as an OpenVINO model."""
     shape = [-1, images.shape[1], -1, -1] if dynamic else list(images.shape)
     rules = {"dcn_plugin::deform_conv2d": _deform_conv2d, "aten::group_norm": _group_norm}
@@ -53,7 +54,7 @@ def _deform_conv2d(context):
 
 
 def _group_norm(context):
-    """As MVN: compiling OpenVINO 2026.4's GroupNormalization in float32 crashes the process for some residual blocks."""
+    """As MVN: compiling OpenVINO 2026.4's GroupNormalization in float32 crashes the process in some residual blocks."""
     input, weight, bias = (context.get_input(i) for i in (0, 2, 3))
     groups, epsilon = (context.get_values_from_const_input(i) for i in (1, 4))
     grouped = opset8.reshape(input, np.array([0, groups, -1]), True)
