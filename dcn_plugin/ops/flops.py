@@ -133,12 +133,12 @@ def _jit_handle(multiply_adds: Callable) -> Callable:
     return handle
 
 
-FORWARD = dict(
+FORWARD: dict[str, Callable] = dict(
     deform_conv2d=_deform_conv2d,
     deform_roi_align=_deform_roi_align,
     deform_ps_roi_pool=_deform_ps_roi_pool,
 )
-BACKWARD = dict(
+BACKWARD: dict[str, Callable] = dict(
     deform_conv2d_backward=_deform_conv2d_backward,
     deform_roi_align_backward=_deform_roi_align_backward,
     deform_ps_roi_pool_backward=_deform_ps_roi_pool_backward,

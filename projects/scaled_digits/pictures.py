@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 # Differ in lightness too.
 COLOURS = ["#777777", "#0072b2", "#56b4e9", "#e69f00", "#cc79a7", "#333333"]
-ZOOM, PAD, CAPTION = 8, 4, 16  # pixels of the picture: a digit's pixel, around a panel, the line of text below
+POINT, OUTPUT = (255, 80, 48), (48, 255, 48)
+ZOOM, PAD, CAPTION = 7, 4, 16  # pixels of the picture: a digit's pixel, around a panel, the line of text below
 
 
 def accuracy_by_scale(results: dict, path: Path) -> None:
@@ -79,7 +80,7 @@ def sampling_points(nets: dict[str, nn.Module], images: Tensor, labels: Tensor, 
     """
     from PIL import Image
 
-    scales = torch.linspace(1, 0.4, 25)
+    scales = torch.linspace(1, 0.4, 16)
 
     def right(scale):
         return {
@@ -91,6 +92,8 @@ def sampling_points(nets: dict[str, nn.Module], images: Tensor, labels: Tensor, 
     plain = next(iter(nets))
     good = torch.stack([*full.values(), *(found for name, found in small.items() if name != plain)]).all(0)
     chosen = int(good.int().argmax())
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([value for grey in range(0, 256, 15) for value in [grey] * 3] + [*POINT, *OUTPUT])
     frames = []
     for scale in scales:
         image = rescale(images[chosen : chosen + 1], scale[None])
@@ -99,9 +102,9 @@ def sampling_points(nets: dict[str, nn.Module], images: Tensor, labels: Tensor, 
         frame = Image.new("RGB", (width, panels[0].height), "white")
         for i, panel in enumerate(panels):
             frame.paste(panel, (i * panel.width, 0))
-        frames.append(frame.quantize(48, dither=Image.Dither.NONE))
+        frames.append(frame.quantize(palette=palette, dither=Image.Dither.NONE))
     frames += frames[-2:0:-1]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=90, loop=0, optimize=True)
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=120, loop=0, optimize=True)
 
 
 def _panel(net: nn.Sequential, name: str, image: Tensor):
@@ -119,8 +122,8 @@ def _panel(net: nn.Sequential, name: str, image: Tensor):
             draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
 
     for y, x in image_points(net, image, (3, 3)).tolist():
-        dot(y, x, 1.5, "#ff5030")
-    dot(12, 12, 3, "#30d030")  # the output position (3, 3), by the strides alone
+        dot(y, x, 1.2, POINT)
+    dot(12, 12, 3.5, OUTPUT)  # the output position (3, 3), by the strides alone
     answer = net(image).softmax(1)[0]
     draw.text((PAD, side + PAD + 3), f"{name}: {int(answer.argmax())} ({float(answer.max()):.0%})", fill="black")
     return panel

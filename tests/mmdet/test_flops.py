@@ -12,7 +12,7 @@ from mmengine.registry import init_default_scope
 from torch.utils.flop_counter import FlopCounterMode
 
 import dcn_plugin.mmdet  # noqa: F401
-from dcn_plugin.commands.inspect import _trace
+from dcn_plugin.describe import _trace
 
 HEIGHT, WIDTH = 64, 96
 
