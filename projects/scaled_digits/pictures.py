@@ -24,7 +24,7 @@ def accuracy_by_scale(results: dict, path: Path) -> None:
     style = {"svg.fonttype": "none", "svg.hashsalt": "dcn_plugin", "axes.spines.top": False, "axes.spines.right": False}
     seeds = list(results["seeds"].values())
     with plt.rc_context(style):
-        figure, axis = plt.subplots(figsize=(7, 3.6))
+        figure, axis = plt.subplots(figsize=(9, 3.6))
         for name, colour in zip(seeds[0], COLOURS, strict=True):
             scales = [float(scale) for scale in seeds[0][name]["accuracy"]]
             found = list(zip(*(rows[name]["accuracy"].values() for rows in seeds), strict=True))
@@ -35,7 +35,7 @@ def accuracy_by_scale(results: dict, path: Path) -> None:
             axis.fill_between(scales, *band, color=colour, alpha=0.2, linewidth=0)
         axis.set(xlabel="scale of the test digits", ylabel="right (%)", ylim=(0, 101))
         axis.grid(color="#e5e5e5", linewidth=0.7)
-        axis.legend(frameon=False, fontsize=8, loc="lower right")
+        axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         figure.tight_layout()
         figure.savefig(path, facecolor="white", metadata=dict(Date=None))
         plt.close(figure)
