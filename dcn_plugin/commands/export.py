@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -70,7 +71,7 @@ def export(
     dtype: str = "float32",
     normalize: bool = False,
     opset: int = 20,
-    image: list[str] = (),
+    image: Sequence[str] = (),
 ) -> str:
     """Writes a network and its description; returns the report.
 

@@ -61,7 +61,7 @@ def write_onnx(exported: Exported, path: Path) -> None:
         raise ValueError(f"{_layer_that_failed(program, error)}ONNX export: {summary(error)}") from error
 
 
-def _layer_that_failed(program: torch.export.ExportedProgram, error: BaseException) -> str:
+def _layer_that_failed(program: torch.export.ExportedProgram, error: BaseException | None) -> str:
     """The layer and operator of the node that an exporter's error names."""
     text = ""
     while error is not None:

@@ -2,16 +2,17 @@
 
 import copy
 import io
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .network import fit
 
 
-def real_images(config, detector: nn.Module, files: list[str], count: int = 2) -> list[Tensor]:
+def real_images(config, detector, files: Sequence[str], count: int = 2) -> list[Tensor]:
     """Normalised images (1, 3, H, W): of the files named, else the first of the test set, none where it is absent."""
     samples = _of_files(config, files) if files else _of_test_set(config, count)
     with torch.no_grad():

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +40,9 @@ class Network(nn.Module):
             )
         detector.eval()
         detector.requires_grad_(False)
-        self.detector = detector
+        self.detector: Any = detector
         self.head_name = "rpn_head" if self.two_stage else "bbox_head"
-        preprocessor = detector.data_preprocessor
+        preprocessor: Any = detector.data_preprocessor
         self.normalize = normalize
         self.swap = bool(getattr(preprocessor, "_channel_conversion", False))
         if getattr(preprocessor, "_enable_normalize", False):
@@ -51,7 +52,7 @@ class Network(nn.Module):
             self.mean = self.std = None
 
     @property
-    def head(self) -> nn.Module:
+    def head(self) -> Any:
         return getattr(self.detector, self.head_name)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -93,7 +94,8 @@ class Network(nn.Module):
 
         ``run`` is given images as the data_preprocessor makes them, and may be this network itself.
         """
-        detector, head, structure = self.detector, self.head, []
+        detector, head = self.detector, self.head
+        structure: list[Any] = []
 
         def extract_feat(images):
             restore()

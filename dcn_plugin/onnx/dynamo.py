@@ -146,13 +146,13 @@ def _neighbours(position, size, before, beyond, dtype) -> _Neighbours:
     position = op.Min(op.Max(op.Where(counts, position, zero), zero), last)
     low = op.Floor(position)
     fraction = op.Sub(position, low)
-    counts = op.Cast(counts, to=dtype)
+    weight = op.Cast(counts, to=dtype)
     return _Neighbours(
         op.Cast(low, to=INT64),
         op.Cast(op.Min(op.Add(low, one), last), to=INT64),
-        op.Mul(op.Sub(one, fraction), counts),
-        op.Mul(fraction, counts),
-        counts,
+        op.Mul(op.Sub(one, fraction), weight),
+        op.Mul(fraction, weight),
+        weight,
     )
 
 
