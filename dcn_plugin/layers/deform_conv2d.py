@@ -18,6 +18,7 @@ from torch.nn.modules.utils import _pair
 from dcn_plugin.ops import deform_conv2d
 
 from .max_offset import bounded, checked_bound
+from .scripting import refuse_scripting
 from .zero_init import ZeroInitConv2d
 
 logger = logging.getLogger("dcn_plugin")
@@ -49,6 +50,7 @@ class _DeformConv(nn.Conv2d):
     dilation: tuple[int, int]
     # If set, called with (input, offset, mask), which the operator is about to get.
     observer: Callable[[Tensor, Tensor, Tensor | None], object] | None = None
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ from torch.nn.modules.utils import _pair
 from dcn_plugin.ops import deform_roi_align
 
 from .max_offset import bounded_share, checked_bound
+from .scripting import refuse_scripting
 from .zero_init import ZeroInitLinear
 
 
@@ -37,6 +38,7 @@ class DeformRoIAlign(nn.Module):
 
     # If set, called with (input, rois, offset, mask), which the operator is about to get.
     observer: Callable[[Tensor, Tensor, Tensor, Tensor | None], object] | None = None
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(
         self,

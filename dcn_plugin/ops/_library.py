@@ -67,6 +67,11 @@ else:
         _FRAGMENT.impl(_operator, _refuse_cuda, "CUDA")
 
 
+def implement(operator: str, kernel: Callable, key: str) -> None:
+    """Registers a Python kernel of ``operator`` for a dispatch key."""
+    _FRAGMENT.impl(operator, kernel, key)
+
+
 def register_autocast(operator: str, keep: tuple[str, ...] = ()) -> None:
     """Lets autocast run ``operator`` as it runs convolutions: floating tensors are cast to autocast's dtype.
 
@@ -98,19 +103,10 @@ def register_autocast(operator: str, keep: tuple[str, ...] = ()) -> None:
             with torch._C._ExcludeDispatchKeyGuard(autocast_off):
                 return overload(*args, **kwargs)
 
-        _FRAGMENT.impl(operator, kernel, key)
+        implement(operator, kernel, key)
 
     register("cpu")
     register("cuda")
-
-
-def register_no_double_backward(operator: str) -> None:
-    """Makes differentiating ``operator`` (a backward) an error, where autograd would return wrong zeros."""
-
-    def refuse(ctx, *grads):
-        raise NotImplementedError(f"{NAMESPACE}.{operator} is not differentiable: second derivatives are not supported")
-
-    torch.library.register_autograd(f"{NAMESPACE}::{operator}", refuse)
 
 
 def overridable(function: Callable[P, Tensor]) -> Callable[P, Tensor]:

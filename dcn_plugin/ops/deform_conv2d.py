@@ -3,15 +3,9 @@
 import torch
 from torch import Tensor
 
-from ._library import (
-    check_devices,
-    check_onnx_export,
-    memory_format_of,
-    overridable,
-    pair,
-    register_autocast,
-    register_no_double_backward,
-)
+from . import _compositions
+from ._derivatives import gradients_of, register_derivatives
+from ._library import check_devices, check_onnx_export, memory_format_of, overridable, pair, register_autocast
 
 
 @overridable
@@ -151,6 +145,15 @@ def _backward(ctx, grad_output):
     return grad_input, grad_offset, grad_weight, grad_bias, grad_mask, None, None, None, None
 
 
-torch.library.register_autograd("dcn_plugin::deform_conv2d", _backward, setup_context=_setup_context)
-register_no_double_backward("deform_conv2d_backward")
+def _gradients(grad_output, input, offset, weight, mask, *options):
+    *geometry, need_input, need_sampling, need_weight, _ = options
+
+    def of(input, offset, mask, weight):
+        return _compositions.deform_conv2d(input, offset, weight, None, mask, *geometry)
+
+    needed = need_input, need_sampling, need_sampling, need_weight
+    return gradients_of(of, grad_output, (input, offset, mask, weight), needed)
+
+
+register_derivatives("deform_conv2d", _setup_context, _backward, _compositions.deform_conv2d, _gradients)
 register_autocast("deform_conv2d")

@@ -3,15 +3,9 @@
 import torch
 from torch import Tensor
 
-from ._library import (
-    check_devices,
-    check_onnx_export,
-    memory_format_of,
-    overridable,
-    pair,
-    register_autocast,
-    register_no_double_backward,
-)
+from . import _compositions
+from ._derivatives import gradients_of, register_derivatives
+from ._library import check_devices, check_onnx_export, memory_format_of, overridable, pair, register_autocast
 
 
 @overridable
@@ -128,6 +122,14 @@ def _backward(ctx, grad_output):
     return grad_input if need_input else None, None, grad_offset if need_offset else None, *[None] * 6
 
 
-torch.library.register_autograd("dcn_plugin::deform_ps_roi_pool", _backward, setup_context=_setup_context)
-register_no_double_backward("deform_ps_roi_pool_backward")
+def _gradients(grad_output, input, rois, offset, *options):
+    *options, need_input, need_offset, _ = options
+
+    def of(input, offset):
+        return _compositions.deform_ps_roi_pool(input, rois, offset, *options)
+
+    return gradients_of(of, grad_output, (input, offset), (need_input, need_offset))
+
+
+register_derivatives("deform_ps_roi_pool", _setup_context, _backward, _compositions.deform_ps_roi_pool, _gradients)
 register_autocast("deform_ps_roi_pool", keep=("rois",))

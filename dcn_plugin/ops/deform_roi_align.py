@@ -3,15 +3,9 @@
 import torch
 from torch import Tensor
 
-from ._library import (
-    check_devices,
-    check_onnx_export,
-    memory_format_of,
-    overridable,
-    pair,
-    register_autocast,
-    register_no_double_backward,
-)
+from . import _compositions
+from ._derivatives import gradients_of, register_derivatives
+from ._library import check_devices, check_onnx_export, memory_format_of, overridable, pair, register_autocast
 
 
 @overridable
@@ -133,6 +127,14 @@ def _backward(ctx, grad_output):
     )
 
 
-torch.library.register_autograd("dcn_plugin::deform_roi_align", _backward, setup_context=_setup_context)
-register_no_double_backward("deform_roi_align_backward")
+def _gradients(grad_output, input, rois, offset, mask, *options):
+    *options, need_input, need_sampling, _ = options
+
+    def of(input, offset, mask):
+        return _compositions.deform_roi_align(input, rois, offset, mask, *options)
+
+    return gradients_of(of, grad_output, (input, offset, mask), (need_input, need_sampling, need_sampling))
+
+
+register_derivatives("deform_roi_align", _setup_context, _backward, _compositions.deform_roi_align, _gradients)
 register_autocast("deform_roi_align", keep=("rois",))

@@ -166,15 +166,6 @@ def test_backward_leaves_empty_what_is_not_needed(mask, device):
             assert g.shape == (t[name].shape if need else (0,))
 
 
-def test_second_derivatives_are_refused(device):
-    tensors = BASE.make(torch.float64, device)
-    tensors["input"].requires_grad_()
-    output = deform_conv2d(**tensors, **BASE.options)
-    (gradient,) = torch.autograd.grad(output.square().sum(), tensors["input"], create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivatives"):
-        gradient.sum().backward()
-
-
 @pytest.mark.parametrize(
     "case", [replace(BASE, channels=130, batch=3), replace(BASE, channels=40, groups=40, out_channels=40)]
 )

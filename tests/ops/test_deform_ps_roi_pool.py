@@ -172,14 +172,6 @@ def test_gradcheck(classes, device):
     assert torch.autograd.gradcheck(function, [t.requires_grad_() for t in tensors.values()])
 
 
-def test_second_derivatives_are_refused(device):
-    tensors = make(device=device)
-    tensors["input"].requires_grad_()
-    (gradient,) = torch.autograd.grad(OURS(**tensors, **OPTIONS).square().sum(), tensors["input"], create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivatives"):
-        gradient.sum().backward()
-
-
 def test_backward_repeats_bit_for_bit_with_any_number_of_threads():
     tensors = make(torch.float32, output_dim=50, options=dict(part_size=2))
     threads = torch.get_num_threads()

@@ -218,15 +218,6 @@ def test_backward_leaves_empty_what_is_not_needed(device):
                 assert g.shape == (moved.shape if need_sampling and moved is not None else (0,))
 
 
-def test_second_derivatives_are_refused(device):
-    tensors = make(device=device)
-    tensors["input"].requires_grad_()
-    output = with_rois(deform_roi_align, ROIS)(**tensors, **OPTIONS)
-    (gradient,) = torch.autograd.grad(output.square().sum(), tensors["input"], create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivatives"):
-        gradient.sum().backward()
-
-
 def test_backward_repeats_bit_for_bit_with_any_number_of_threads():
     tensors = make(torch.float32, channels=150)
     threads = torch.get_num_threads()
