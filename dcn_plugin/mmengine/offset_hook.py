@@ -13,52 +13,20 @@ from mmengine.registry import HOOKS
 from torch import Tensor, nn
 
 from dcn_plugin.layers import DeformConv2d, DeformPSRoIPool, DeformRoIAlign, ModulatedDeformConv2d
+from dcn_plugin.sampling import Samples, convolution_samples, ps_roi_pool_parts, roi_align_bins
 
 
-def _convolution_samples(layer: Any, input: Tensor, offset: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Displacements (dy, dx) of a convolution's samples, in pixels of its input, and which samples count."""
-    height, width = input.shape[-2:]
-    kernel_h, kernel_w = layer.kernel_size
-    out_h, out_w = offset.shape[-2:]
-    dy, dx = offset.float().reshape(len(offset), -1, kernel_h, kernel_w, 2, out_h, out_w).unbind(4)
-
-    def grid(axis, taps, positions):
-        taps, positions = (torch.arange(n, device=offset.device) for n in (taps, positions))
-        return taps[:, None] * layer.dilation[axis] + positions * layer.stride[axis] - layer.padding[axis]
-
-    y = grid(0, kernel_h, out_h)[:, None, :, None] + dy
-    x = grid(1, kernel_w, out_w)[:, None, :] + dx
-    return dy, dx, (y > -1) & (y < height) & (x > -1) & (x < width)
+def _convolution_samples(layer: Any, input: Tensor, offset: Tensor) -> Samples:
+    geometry = layer.kernel_size, layer.stride, layer.padding, layer.dilation
+    return convolution_samples(input.shape[-2:], offset, *geometry)
 
 
-def _displaced_bins(low: Tensor, size: Tensor, share: Tensor) -> tuple[Tensor, ...]:
-    """Displacements (dy, dx) and centres (y, x) of the bins, each (K, classes, h, w).
-
-    RoIs have their low edges and sizes (K, 2) in pixels of the map, x first; the bins' displacements (K, 2 * classes,
-    h, w) are shares of the sizes.
-    """
-    dx, dy = (share.unflatten(1, (-1, 2)) * size[:, None, :, None, None]).unbind(2)
-    in_y, in_x = ((torch.arange(bins, device=share.device) + 0.5) / bins for bins in share.shape[-2:])
-    x = (low[:, :1] + in_x * size[:, :1])[:, None, None, :] + dx
-    y = (low[:, 1:] + in_y * size[:, 1:])[:, None, :, None] + dy
-    return dy, dx, y, x
+def _roi_align_bins(layer: DeformRoIAlign, input: Tensor, rois: Tensor, offset: Tensor) -> Samples:
+    return roi_align_bins(input.shape[-2:], rois, offset, layer.spatial_scale, layer.gamma)
 
 
-def _roi_align_bins(layer: DeformRoIAlign, input: Tensor, rois: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
-    """Displacements (dy, dx) of the bins, in pixels of the map, and which bins have their centre where it counts."""
-    height, width = input.shape[-2:]
-    low, high = (rois[:, 1:].float() * layer.spatial_scale - 0.5).split(2, dim=1)
-    dy, dx, y, x = _displaced_bins(low, high - low, layer.gamma * offset.float())
-    return dy, dx, (y >= -1) & (y <= height) & (x >= -1) & (x <= width)
-
-
-def _ps_roi_pool_parts(layer: DeformPSRoIPool, input: Tensor, rois: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
-    """As :func:`_roi_align_bins`, for the parts that each class displaces."""
-    height, width = input.shape[-2:]
-    low, high = (rois[:, 1:].float() + 0.5).floor().split(2, dim=1)
-    low, high = low * layer.spatial_scale - 0.5, (high + 1) * layer.spatial_scale - 0.5
-    dy, dx, y, x = _displaced_bins(low, (high - low).clamp_min(0.1), layer.trans_std * offset.float())
-    return dy, dx, (y >= -0.5) & (y <= height - 0.5) & (x >= -0.5) & (x <= width - 0.5)
+def _ps_roi_pool_parts(layer: DeformPSRoIPool, input: Tensor, rois: Tensor, offset: Tensor) -> Samples:
+    return ps_roi_pool_parts(input.shape[-2:], rois, offset, layer.spatial_scale, layer.trans_std)
 
 
 SAMPLES: dict[type[nn.Module], Callable] = {
@@ -84,7 +52,7 @@ class _Watch:
     @torch.no_grad()
     def __call__(self, *arguments) -> None:
         *maps, offset, mask = arguments
-        dy, dx, counts = self.samples_of(self.layer, *maps, offset)
+        dy, dx, _, _, counts = self.samples_of(self.layer, *maps, offset)
         if not counts.numel():
             return
         reach = torch.hypot(dy, dx)
