@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from . import __version__
-from .commands import convert_checkpoint, export, inspect, test_exported
+from .commands import convert_checkpoint, export, inspect, test_exported, visualize
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -15,6 +15,7 @@ def main(arguments: list[str] | None = None) -> None:
     convert_checkpoint.add_parser(commands)
     export.add_parser(commands)
     test_exported.add_parser(commands)
+    visualize.add_parser(commands)
     args = parser.parse_args(arguments)
     try:
         args.run(args)

@@ -1,0 +1,305 @@
+"""Draws what a scene holds, with matplotlib. Every function returns a figure of its own, outside pyplot's registry."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from matplotlib import colors, rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from dcn_plugin.sampling import ps_roi_pool_edges, roi_align_edges
+
+from .points import Points
+from .recording import Convolution, Pooling
+from .scene import Scene
+
+DPI = 150
+PANEL = 2.4  # inches, the longer side of a picture
+POSITION, SAMPLE, STRAIGHT = "#2ee62e", "#ff2a2a", "#ffd21f"
+STYLE = {"font.size": 7, "axes.titlesize": 7, "figure.dpi": DPI, "svg.fonttype": "none", "image.origin": "upper"}
+ARROWS = 24  # at most, along the longer side
+
+Place = tuple[float, float]
+
+
+def sampling_points_figure(
+    scene: Scene, places: Sequence[Place], convolutions: Sequence[Convolution], layers: int = 3
+) -> Figure:
+    """A row for each place, a column for each last layer: green the output position, red its samples.
+
+    A sample's size and opacity grow with its weight; one outside the map is not drawn.
+    """
+    figure, axes = _panels(scene, len(places), len(convolutions))
+    for row, place in zip(axes, places, strict=True):
+        for ax, convolution in zip(row, convolutions, strict=True):
+            _show(ax, scene)
+            draw_points(ax, scene.points(convolution, place, layers), scene.centre(convolution, place))
+    for ax, convolution in zip(axes[0], convolutions, strict=True):
+        chain = _chain(convolution, layers)
+        ax.set_title(f"{_title(convolution)}\n{chain} deformable layer{'s' * (chain > 1)} composed")
+    return figure
+
+
+def draw_points(ax: Axes, points: Points, centre: Place) -> None:
+    order = points.weight.argsort()  # the heaviest on top
+    order = order[points.counts[order]]
+    weight = points.weight[order].sqrt().numpy()
+    rgba = np.tile(colors.to_rgba(SAMPLE), (len(order), 1))
+    rgba[:, 3] = 0.12 + 0.88 * weight
+    few = 1 + 2 / (1 + len(order) / 81)  # larger where there are few
+    ax.scatter(points.x[order], points.y[order], s=few * (0.8 + 5 * weight), c=rgba, linewidths=0)
+    ax.scatter(*centre, s=22, c=POSITION, edgecolors="black", linewidths=0.6, zorder=3)
+
+
+def receptive_fields_figure(scene: Scene, places: Sequence[Place], convolutions: Sequence[Convolution]) -> Figure:
+    """For each place and layer the effective receptive field, offsets off on the left and on on the right.
+
+    Brightness is the square root of the gradient, over the largest of both fields.
+    """
+    wanted = [(conv, scene.position(conv, place)) for place in places for conv in convolutions]
+    pairs = list(zip(*(scene.receptive_fields(wanted, straight) for straight in (True, False)), strict=True))
+    figure, axes = _panels(scene, len(places), 2 * len(convolutions))
+    grey = _grey(scene.image)
+    for number, (convolution, _) in enumerate(wanted):
+        row, column = divmod(number, len(convolutions))
+        place = places[row]
+        largest = max(float(field.max()) for field in pairs[number]) or 1.0
+        for side, field in enumerate(pairs[number]):
+            ax = axes[row][2 * column + side]
+            ax.imshow(grey, cmap="gray", vmin=0, vmax=255)
+            strength = (field / largest).sqrt().numpy()
+            extent = scene.extent(field.shape)
+            ax.imshow(strength, cmap="inferno", vmin=0, vmax=1, alpha=_veil(strength), extent=extent)
+            _frame(ax, scene)
+            ax.scatter(*scene.centre(convolution, place), s=14, c=POSITION, edgecolors="black", linewidths=0.6)
+            if row == 0:
+                ax.set_title(f"{_title(convolution)}\n{'offsets as learned' if side else 'offsets off'}")
+    return figure
+
+
+def rois_figure(scene: Scene, count: int = 3) -> Figure | None:
+    """For each of the first detections its RoI's straight bins, and beside them the bins as they moved.
+
+    The opacity of a moved bin is its mask. Of a layer that moves bins class by class, those of the detection's class.
+    None where no RoI was pooled deformably.
+    """
+    chosen = [(k, found) for k in range(len(scene.boxes)) if (found := _roi_of(scene, scene.boxes[k]))][:count]
+    if not chosen:
+        return None
+    figure, axes = _panels(scene, len(chosen), 2)
+    for row, (k, (pooling, index)) in zip(axes, chosen, strict=True):
+        bins, straight = _bins(scene, pooling, index, int(scene.labels[k]))
+        mask = torch.ones(bins.shape[:2]) if pooling.mask is None else pooling.mask[index, 0]
+        mask = mask / mask.max().clamp_min(1e-12)
+        for ax, boxes, colour, opacity in (
+            (row[0], straight, STRAIGHT, torch.ones_like(mask)),
+            (row[1], bins, SAMPLE, mask),
+        ):
+            _show(ax, scene)
+            for (x1, y1, x2, y2), alpha in zip(boxes.flatten(0, 1).tolist(), opacity.flatten().tolist(), strict=True):
+                face, edge = colors.to_rgba(colour, 0.12 * alpha), colors.to_rgba(colour, 0.25 + 0.75 * alpha)
+                ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, facecolor=face, edgecolor=edge, linewidth=0.5))
+            low, high = straight[0, 0, :2], straight[-1, -1, 2:]
+            ax.add_patch(Rectangle(low, *(high - low), fill=False, edgecolor=POSITION, linewidth=1.0))
+            _zoom(ax, scene, boxes=torch.cat([straight.flatten(0, 1), bins.flatten(0, 1)]))
+        label = int(scene.labels[k])
+        name = scene.classes[label] if label < len(scene.classes) else str(label)
+        row[0].set_ylabel(f"{name}, {float(scene.scores[k]):.2f}")
+    axes[0][0].set_title("straight bins")
+    axes[0][1].set_title(f"moved bins\n{chosen[0][1][0].name}")
+    return figure
+
+
+def offsets_figure(scene: Scene, convolution: Convolution) -> Figure:
+    """A layer's offset field: arrows of the mean displacement, every tap's by the colour wheel, and the mask.
+
+    Hue is the direction in which a sample moves, saturation how far, white not at all; the wheel's rim is the largest
+    displacement. Deform groups are averaged.
+    """
+    kernel_h, kernel_w = convolution.kernel_size
+    offset = convolution.offset.unflatten(0, (-1, kernel_h, kernel_w, 2)).mean(0)  # (kh, kw, 2, Ho, Wo)
+    offset = offset.nan_to_num(0, 0, 0)
+    largest = float(offset.norm(dim=2).max())
+    panels = 2 if convolution.mask is None else 3
+    figure, axes = _panels(scene, 1, panels, titles=2)
+    arrows, taps = axes[0][:2]
+
+    _show(arrows, scene)
+    _draw_arrows(arrows, scene, convolution, offset.mean((0, 1)))
+    arrows.set_title(f"{_title(convolution)}\nmean displacement")
+
+    taps.set_title(f"displacement of the {kernel_h}x{kernel_w} taps,\nup to {largest:.2f} pixels of the map")
+    taps.set_axis_off()
+    gap = 0.03
+    for i in range(kernel_h):
+        for j in range(kernel_w):
+            width, height = (1 - gap * (kernel_w - 1)) / kernel_w, (1 - gap * (kernel_h - 1)) / kernel_h
+            inset = taps.inset_axes(
+                [j * (width + gap), 1 - height - i * (height + gap), width, height], xticks=[], yticks=[]
+            )
+            inset.imshow(_wheel(offset[i, j], largest), aspect="auto", interpolation="nearest")
+            inset.spines[:].set_linewidth(0.4)
+    _draw_wheel(taps)
+
+    if convolution.mask is not None:
+        mask = convolution.mask.mean(0).numpy()
+        ax = axes[0][2]
+        ax.imshow(_grey(scene.image), cmap="gray", vmin=0, vmax=255)
+        extent = scene.extent(mask.shape, convolution.output_grid)
+        drawn = ax.imshow(mask, cmap="viridis", alpha=0.8, extent=extent, interpolation="nearest")
+        _frame(ax, scene)
+        ax.set_title("mask, mean of the taps")
+        bar = figure.colorbar(drawn, ax=ax, fraction=0.046, pad=0.03)
+        bar.solids.set_alpha(1)
+        bar.outline.set_linewidth(0.4)
+        bar.ax.tick_params(width=0.4, length=2)
+    return figure
+
+
+def rendered(figure: Figure) -> np.ndarray:
+    """A figure's pixels, (H, W, 3) uint8."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def save(figure: Figure, path, **options) -> None:
+    """Writes a figure in the format that the path's suffix names."""
+    with rc_context(STYLE):
+        figure.savefig(path, dpi=DPI, **options)
+
+
+def _panels(scene: Scene, rows: int, columns: int, titles: int = 2) -> tuple[Figure, np.ndarray]:
+    height, width = scene.image.shape[:2]
+    panel_w, panel_h = PANEL * width / max(height, width), PANEL * height / max(height, width)
+    with rc_context(STYLE):
+        figure = Figure(
+            figsize=(columns * (panel_w + 0.06), rows * (panel_h + 0.06) + 0.12 * titles + 0.12),
+            layout="constrained",
+        )
+        FigureCanvasAgg(figure)
+        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
+        axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    return figure, axes
+
+
+def _show(ax: Axes, scene: Scene) -> None:
+    ax.imshow(scene.image)
+    _frame(ax, scene)
+
+
+def _frame(ax: Axes, scene: Scene) -> None:
+    height, width = scene.image.shape[:2]
+    ax.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+
+
+def _zoom(ax: Axes, scene: Scene, boxes: Tensor) -> None:
+    """Looks at boxes and as much around them as they are large, within a square."""
+    low, high = boxes[:, :2].amin(0), boxes[:, 2:].amax(0)
+    (x, y), half = ((low + high) / 2).tolist(), 0.65 * float((high - low).max())
+    ax.set(xlim=(x - half, x + half), ylim=(y + half, y - half))
+
+
+def _title(convolution: Convolution) -> str:
+    stride = convolution.output_grid.scale[0]
+    return f"{convolution.name}, stride {stride:g}"
+
+
+def _chain(convolution: Convolution | None, layers: int) -> int:
+    count = 0
+    while convolution is not None and count < layers:
+        count, convolution = count + 1, convolution.previous
+    return count
+
+
+def _grey(image: np.ndarray) -> np.ndarray:
+    return image @ np.array([0.299, 0.587, 0.114])
+
+
+def _veil(strength: np.ndarray) -> np.ndarray:
+    return np.clip(0.55 + strength, 0, 1)
+
+
+def _draw_arrows(ax: Axes, scene: Scene, convolution: Convolution, displacement: Tensor) -> None:
+    out_h, out_w = convolution.output_size
+    step = max(-(-max(out_h, out_w) // ARROWS), 1)
+    rows, columns = (torch.arange((n - 1) % step // 2, n, step) for n in (out_h, out_w))
+    i, j = torch.meshgrid(rows, columns, indexing="ij")
+    y, x = scene.frame.to_image(*convolution.output_grid.to_image(i, j))
+    dy, dx = displacement[:, i, j]
+    dy, dx = (d * s * f for d, s, f in zip((dy, dx), convolution.grid.scale, scene.frame.scale, strict=True))
+    reach = torch.hypot(dy, dx)
+    ax.quiver(
+        *(one.numpy() for one in (x, y, dx, dy, reach)),
+        angles="xy",
+        scale_units="xy",
+        scale=1,
+        cmap="autumn_r",
+        width=0.006,
+        headwidth=4,
+        headlength=4.5,
+        headaxislength=4,
+        minlength=0.5,
+    )
+
+
+def _wheel(offset: Tensor, largest: float) -> np.ndarray:
+    """Colours (H, W, 3) of displacements (2, H, W), y first: hue the direction, saturation the length."""
+    dy, dx = offset.numpy()
+    hue = (np.arctan2(-dy, dx) / (2 * np.pi)) % 1
+    saturation = np.clip(np.hypot(dy, dx) / max(largest, 1e-12), 0, 1)
+    return colors.hsv_to_rgb(np.stack([hue, saturation, np.ones_like(hue)], -1))
+
+
+def _draw_wheel(ax: Axes) -> None:
+    inset = ax.inset_axes([0.9, -0.02, 0.18, 0.18], xticks=[], yticks=[])
+    y, x = np.mgrid[-1:1:81j, -1:1:81j]
+    picture = np.ones((81, 81, 4))
+    picture[..., :3] = _wheel(torch.tensor(np.stack([y, x])), 1.0)
+    picture[..., 3] = np.hypot(y, x) <= 1
+    inset.imshow(picture)
+    inset.set_axis_off()
+
+
+def _roi_of(scene: Scene, box: Tensor) -> tuple[Pooling, int] | None:
+    """The RoI, of all that were pooled, that overlaps a detection most."""
+    best, found = 0.0, None
+    for pooling in scene.recording.poolings:
+        if not len(pooling.rois):
+            continue
+        rois = _to_image(scene, pooling.rois[:, 1:])
+        overlap = (torch.minimum(rois[:, 2:], box[2:]) - torch.maximum(rois[:, :2], box[:2])).clamp_min(0).prod(1)
+        areas = (rois[:, 2:] - rois[:, :2]).clamp_min(0).prod(1) + (box[2:] - box[:2]).prod()
+        share, index = (overlap / (areas - overlap).clamp_min(1e-12)).max(0)
+        if share > best:
+            best, found = float(share), (pooling, int(index))
+    return found
+
+
+def _bins(scene: Scene, pooling: Pooling, index: int, label: int) -> tuple[Tensor, Tensor]:
+    """A RoI's moved and straight bins, (h, w, 4) each, as edges in mmdet's sense less half a pixel, for drawing."""
+    samples = pooling.samples()
+    label = label if label < samples.y.shape[1] else 0
+    dy, dx, y, x = (one[index, label] for one in samples[:4])
+    edges = roi_align_edges if pooling.operator == "deform_roi_align" else ps_roi_pool_edges
+    _, size = edges(pooling.rois[index : index + 1], pooling.scale)
+    half_w, half_h = size[0, 0] / y.shape[1] / 2, size[0, 1] / y.shape[0] / 2
+
+    def placed(y, x):
+        boxes = torch.stack([x - half_w, y - half_h, x + half_w, y + half_h], -1)
+        return _to_image(scene, (boxes + 0.5) / pooling.scale) - 0.5
+
+    return placed(y, x), placed(y - dy, x - dx)
+
+
+def _to_image(scene: Scene, boxes: Tensor) -> Tensor:
+    """Boxes (..., 4) by their edges, from what the model got to the image."""
+    y, x = scene.frame.to_image(boxes[..., 1::2] - 0.5, boxes[..., 0::2] - 0.5)
+    return torch.stack([x[..., 0], y[..., 0], x[..., 1], y[..., 1]], -1) + 0.5
