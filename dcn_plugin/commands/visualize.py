@@ -2,7 +2,6 @@
 
 import argparse
 import glob
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,6 @@ if TYPE_CHECKING:
     from mmengine.config import Config
     from torch import nn
 
-    from dcn_plugin.visualize.recording import Convolution
     from dcn_plugin.visualize.scene import Scene
 
 DESCRIPTION = """\
@@ -35,6 +33,7 @@ examples:
   python -m dcn_plugin visualize config.py epoch_12.pth *.jpg --what points table --svg
   python -m dcn_plugin visualize config.py epoch_12.pth image.jpg --at 40,60 --at 200,60 --gif
   python -m dcn_plugin visualize config.py epoch_12.pth image.jpg --gif --checkpoints 'epoch_*.pth'"""
+GIF_DPI = 100
 KINDS = "points", "receptive_field", "rois", "offsets", "table"
 
 
@@ -62,7 +61,7 @@ def add_parser(subparsers) -> None:
     add = parser.add_argument_group("animation").add_argument
     add("--gif", action="store_true", help="animate the points along the line through all --at, or over --checkpoints")
     add("--checkpoints", nargs="+", default=[], metavar="FILE", help="of one training, files or patterns")
-    add("--frames", type=int, default=32, help="along a line (default: %(default)s)")
+    add("--frames", type=int, default=24, help="along a line (default: %(default)s)")
     parser.set_defaults(run=run)
 
 
@@ -92,32 +91,21 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.out_dir)
     out.mkdir(parents=True, exist_ok=True)
 
-    def write(figure, name: str) -> None:
-        for suffix in (".png", ".svg") if args.svg else (".png",):
-            drawing.save(figure, out / f"{name}{suffix}")
-            print(out / f"{name}{suffix}", flush=True)
-
     table = Table()
     for image in args.images:
         data = pipeline(dict(img_path=image, img_id=0))
         scene = see(model, data, args.score_thr)
-        places = args.at or scene.default_places(3)
-        layers = _chosen(scene, args.layers)
-        if "points" in args.what and layers:
-            write(drawing.sampling_points_figure(scene, places, layers, args.last), f"{scene.name}_points")
-        if "receptive_field" in args.what and layers:
-            write(drawing.receptive_fields_figure(scene, places, layers), f"{scene.name}_receptive_field")
-        if "rois" in args.what and (figure := drawing.rois_figure(scene)):
-            write(figure, f"{scene.name}_rois")
-        if "offsets" in args.what:
-            for layer in layers:
-                name = layer.name if len({one.name for one in layers}) == len(layers) else f"{layer.name}_{layer.index}"
-                write(drawing.offsets_figure(scene, layer), f"{scene.name}_offsets_{name}")
-        table.add(scene.recording, scene.boxes, scene.frame.scale, scene.frame.to_image)
-        if args.gif and layers:
-            frames = _over_checkpoints(args, model, data) if args.checkpoints else _along_line(args, scene, places)
+        if not scene.recording.convolutions and not scene.recording.poolings:
+            raise ValueError("the model ran no deformable layer")
+        for name, figure in drawing.figures(scene, args.layers, args.last, args.at, args.what):
+            for suffix in (".png", ".svg") if args.svg else (".png",):
+                drawing.save(figure, out / f"{name}{suffix}")
+                print(out / f"{name}{suffix}", flush=True)
+        if args.gif:
+            frames = _over_checkpoints(args, model, data) if args.checkpoints else _along_line(args, scene)
             _animate(frames, out / f"{scene.name}_points.gif")
             print(out / f"{scene.name}_points.gif", flush=True)
+        table.add(scene.recording, scene.boxes, scene.frame.scale, scene.frame.to_image)
     if "table" in args.what:
         (out / "table.txt").write_text(f"{table}\n")
         print(f"{out / 'table.txt'}\n\n{table}")
@@ -144,33 +132,21 @@ def _load(model: "nn.Module", checkpoint: str, device: str) -> None:
     model.to(device).eval()
 
 
-def _chosen(scene: "Scene", patterns: list[str]) -> list["Convolution"]:
-    if not scene.recording.convolutions and not scene.recording.poolings:
-        raise ValueError("the model ran no deformable layer")
-    if not patterns:
-        return scene.recording.last_of_each_stride()
-    placed = [conv for conv in scene.recording.convolutions if conv.grid]
-    for pattern in patterns:
-        if not any(fnmatchcase(conv.name, pattern) for conv in placed):
-            names = listed(dict.fromkeys(conv.name for conv in placed))
-            raise ValueError(f"--layers {pattern!r} matches none of the deformable convolutions: {names}")
-    return [conv for conv in placed if any(fnmatchcase(conv.name, pattern) for pattern in patterns)]
-
-
-def _along_line(args, scene: "Scene", places):
+def _along_line(args, scene: "Scene"):
     """Frames for positions at equal distances along the line through all places, or across the image through one."""
     import numpy as np
 
     from dcn_plugin.visualize import drawing
 
+    places = args.at or scene.default_places(3)
     if len(places) == 1:
         places = [(0.0, places[0][1]), (scene.image.shape[1] - 1.0, places[0][1])]
     corners = np.array(places)
     along = np.concatenate([[0], np.hypot(*np.diff(corners, axis=0).T).cumsum()])
-    layers = _chosen(scene, args.layers)
+    layers = scene.recording.chosen(args.layers)
     for distance in np.linspace(0, along[-1], args.frames):
         place = tuple(float(np.interp(distance, along, corners[:, axis])) for axis in range(2))
-        yield drawing.rendered(drawing.sampling_points_figure(scene, [place], layers, args.last))
+        yield drawing.rendered(drawing.sampling_points_figure(scene, [place], layers, args.last), GIF_DPI)
 
 
 def _over_checkpoints(args, model, data):
@@ -186,10 +162,10 @@ def _over_checkpoints(args, model, data):
     for file in files:
         _load(model, file, args.device)
         scene = see(model, data, args.score_thr)
-        layers = _chosen(scene, args.layers)
+        layers = scene.recording.chosen(args.layers)
         figure = drawing.sampling_points_figure(scene, places, layers, args.last)
         figure.suptitle(Path(file).stem, fontsize=8)
-        yield drawing.rendered(figure)
+        yield drawing.rendered(figure, GIF_DPI)
     _load(model, args.checkpoint, args.device)
 
 

@@ -6,7 +6,7 @@ registers in this order:
 
 - 'DCN' and 'DCNv2' in MODELS, where ``mmcv.cnn.build_conv_layer`` looks for convolution types;
 - the key ``deformable=`` of whatever MODELS, or a registry below it, builds;
-- 'DeformOffsetHook' in HOOKS;
+- 'DeformOffsetHook' and 'DeformOffsetVisHook' in HOOKS;
 
 and applies :mod:`dcn_plugin.mmengine.patches`.
 """
@@ -23,13 +23,15 @@ from . import patches
 from .conv_layers import register_conv_layers
 from .deformable_key import register_deformable_key
 from .offset_hook import DeformOffsetHook, register_offset_hook
+from .offset_vis_hook import DeformOffsetVisHook, register_offset_vis_hook
 from .runner import Runner
 
-__all__ = ["DeformOffsetHook", "Runner"]
+__all__ = ["DeformOffsetHook", "DeformOffsetVisHook", "Runner"]
 
 register_conv_layers()
 register_deformable_key()
 register_offset_hook()
+register_offset_vis_hook()
 patches.load_mmengine_checkpoints()
 patches.apply_offset_learning_rates()
 patches.count_flops()

@@ -1,6 +1,7 @@
 """Draws what a scene holds, with matplotlib. Every function returns a figure of its own, outside pyplot's registry."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -26,6 +27,47 @@ ARROWS = 24  # at most, along the longer side
 Place = tuple[float, float]
 
 
+def _styled(draw):
+    @functools.wraps(draw)
+    def in_style(*args, **kwargs):
+        with rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return in_style
+
+
+def figures(
+    scene: Scene,
+    layers: Sequence[str] = (),
+    last: int = 3,
+    places: Sequence[Place] = (),
+    what: Collection[str] = ("points", "rois", "offsets"),
+) -> Iterator[tuple[str, Figure]]:
+    """The figures of a scene, with their names.
+
+    Args:
+        scene: what to draw.
+        layers: globs on the names of convolutions, by default the last one of each stride.
+        last: compose the points over so many layers.
+        places: (x, y) in the image, by default the centres of a small, a middling and a large detection.
+        what: of 'points', 'receptive_field', 'rois' and 'offsets'.
+    """
+    convolutions = scene.recording.chosen(layers)
+    places = places or scene.default_places(3)
+    if "points" in what and convolutions:
+        yield f"{scene.name}_points", sampling_points_figure(scene, places, convolutions, last)
+    if "receptive_field" in what and convolutions:
+        yield f"{scene.name}_receptive_field", receptive_fields_figure(scene, places, convolutions)
+    if "rois" in what and (figure := rois_figure(scene)):
+        yield f"{scene.name}_rois", figure
+    if "offsets" in what:
+        names = [convolution.name for convolution in convolutions]
+        for conv in convolutions:
+            suffix = f"_stride{conv.output_grid.scale[0]:g}" if names.count(conv.name) > 1 else ""  # of a shared head
+            yield f"{scene.name}_offsets_{conv.name}{suffix}", offsets_figure(scene, conv)
+
+
+@_styled
 def sampling_points_figure(
     scene: Scene, places: Sequence[Place], convolutions: Sequence[Convolution], layers: int = 3
 ) -> Figure:
@@ -39,8 +81,8 @@ def sampling_points_figure(
             _show(ax, scene)
             draw_points(ax, scene.points(convolution, place, layers), scene.centre(convolution, place))
     for ax, convolution in zip(axes[0], convolutions, strict=True):
-        chain = _chain(convolution, layers)
-        ax.set_title(f"{_title(convolution)}\n{chain} deformable layer{'s' * (chain > 1)} composed")
+        count = len(convolution.chain(layers))
+        ax.set_title(f"{_title(convolution)}\n{count} deformable layer{'s' * (count > 1)} composed")
     return figure
 
 
@@ -55,6 +97,7 @@ def draw_points(ax: Axes, points: Points, centre: Place) -> None:
     ax.scatter(*centre, s=22, c=POSITION, edgecolors="black", linewidths=0.6, zorder=3)
 
 
+@_styled
 def receptive_fields_figure(scene: Scene, places: Sequence[Place], convolutions: Sequence[Convolution]) -> Figure:
     """For each place and layer the effective receptive field, offsets off on the left and on on the right.
 
@@ -81,13 +124,14 @@ def receptive_fields_figure(scene: Scene, places: Sequence[Place], convolutions:
     return figure
 
 
+@_styled
 def rois_figure(scene: Scene, count: int = 3) -> Figure | None:
     """For each of the first detections its RoI's straight bins, and beside them the bins as they moved.
 
     The opacity of a moved bin is its mask. Of a layer that moves bins class by class, those of the detection's class.
     None where no RoI was pooled deformably.
     """
-    chosen = [(k, found) for k in range(len(scene.boxes)) if (found := _roi_of(scene, scene.boxes[k]))][:count]
+    chosen = [(k, found) for k in _apart(scene.boxes) if (found := _roi_of(scene, scene.boxes[k]))][:count]
     if not chosen:
         return None
     figure, axes = _panels(scene, len(chosen), 2)
@@ -99,13 +143,14 @@ def rois_figure(scene: Scene, count: int = 3) -> Figure | None:
             (row[0], straight, STRAIGHT, torch.ones_like(mask)),
             (row[1], bins, SAMPLE, mask),
         ):
-            _show(ax, scene)
+            ax.imshow(scene.image, interpolation="bicubic")
+            ax.set_facecolor("0.92")
             for (x1, y1, x2, y2), alpha in zip(boxes.flatten(0, 1).tolist(), opacity.flatten().tolist(), strict=True):
                 face, edge = colors.to_rgba(colour, 0.12 * alpha), colors.to_rgba(colour, 0.25 + 0.75 * alpha)
                 ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, facecolor=face, edgecolor=edge, linewidth=0.5))
             low, high = straight[0, 0, :2], straight[-1, -1, 2:]
             ax.add_patch(Rectangle(low, *(high - low), fill=False, edgecolor=POSITION, linewidth=1.0))
-            _zoom(ax, scene, boxes=torch.cat([straight.flatten(0, 1), bins.flatten(0, 1)]))
+            _zoom(ax, torch.cat([straight.flatten(0, 1), bins.flatten(0, 1)]))
         label = int(scene.labels[k])
         name = scene.classes[label] if label < len(scene.classes) else str(label)
         row[0].set_ylabel(f"{name}, {float(scene.scores[k]):.2f}")
@@ -114,6 +159,7 @@ def rois_figure(scene: Scene, count: int = 3) -> Figure | None:
     return figure
 
 
+@_styled
 def offsets_figure(scene: Scene, convolution: Convolution) -> Figure:
     """A layer's offset field: arrows of the mean displacement, every tap's by the colour wheel, and the mask.
 
@@ -134,16 +180,17 @@ def offsets_figure(scene: Scene, convolution: Convolution) -> Figure:
 
     taps.set_title(f"displacement of the {kernel_h}x{kernel_w} taps,\nup to {largest:.2f} pixels of the map")
     taps.set_axis_off()
-    gap = 0.03
+    taps.set_box_aspect(scene.image.shape[0] / scene.image.shape[1])
+    share, gap = 0.88, 0.025  # of the panel, the rest being the wheel's
+    width, height = (share * (1 + gap) / n - gap for n in (kernel_w, kernel_h))
     for i in range(kernel_h):
         for j in range(kernel_w):
-            width, height = (1 - gap * (kernel_w - 1)) / kernel_w, (1 - gap * (kernel_h - 1)) / kernel_h
-            inset = taps.inset_axes(
-                [j * (width + gap), 1 - height - i * (height + gap), width, height], xticks=[], yticks=[]
-            )
+            place = j * (width + gap), 1 - height - i * (height + gap), width, height
+            inset = taps.inset_axes(place, xticks=[], yticks=[])
             inset.imshow(_wheel(offset[i, j], largest), aspect="auto", interpolation="nearest")
             inset.spines[:].set_linewidth(0.4)
-    _draw_wheel(taps)
+    wheel = taps.inset_axes([share - 0.02, -0.02, 0.16, 0.16], xticks=[], yticks=[])
+    _draw_wheel(wheel)
 
     if convolution.mask is not None:
         mask = convolution.mask.mean(0).numpy()
@@ -160,30 +207,29 @@ def offsets_figure(scene: Scene, convolution: Convolution) -> Figure:
     return figure
 
 
-def rendered(figure: Figure) -> np.ndarray:
+@_styled
+def rendered(figure: Figure, dpi: int = DPI) -> np.ndarray:
     """A figure's pixels, (H, W, 3) uint8."""
+    figure.set_dpi(dpi)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
+@_styled
 def save(figure: Figure, path, **options) -> None:
     """Writes a figure in the format that the path's suffix names."""
-    with rc_context(STYLE):
-        figure.savefig(path, dpi=DPI, **options)
+    figure.savefig(path, dpi=DPI, **options)
 
 
 def _panels(scene: Scene, rows: int, columns: int, titles: int = 2) -> tuple[Figure, np.ndarray]:
     height, width = scene.image.shape[:2]
     panel_w, panel_h = PANEL * width / max(height, width), PANEL * height / max(height, width)
-    with rc_context(STYLE):
-        figure = Figure(
-            figsize=(columns * (panel_w + 0.06), rows * (panel_h + 0.06) + 0.12 * titles + 0.12),
-            layout="constrained",
-        )
-        FigureCanvasAgg(figure)
-        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
-        axes = figure.subplots(rows, columns, squeeze=False)
+    size = columns * (panel_w + 0.06), rows * (panel_h + 0.06) + 0.12 * titles + 0.12
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
+    axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
@@ -200,7 +246,7 @@ def _frame(ax: Axes, scene: Scene) -> None:
     ax.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
 
 
-def _zoom(ax: Axes, scene: Scene, boxes: Tensor) -> None:
+def _zoom(ax: Axes, boxes: Tensor) -> None:
     """Looks at boxes and as much around them as they are large, within a square."""
     low, high = boxes[:, :2].amin(0), boxes[:, 2:].amax(0)
     (x, y), half = ((low + high) / 2).tolist(), 0.65 * float((high - low).max())
@@ -210,13 +256,6 @@ def _zoom(ax: Axes, scene: Scene, boxes: Tensor) -> None:
 def _title(convolution: Convolution) -> str:
     stride = convolution.output_grid.scale[0]
     return f"{convolution.name}, stride {stride:g}"
-
-
-def _chain(convolution: Convolution | None, layers: int) -> int:
-    count = 0
-    while convolution is not None and count < layers:
-        count, convolution = count + 1, convolution.previous
-    return count
 
 
 def _grey(image: np.ndarray) -> np.ndarray:
@@ -259,27 +298,38 @@ def _wheel(offset: Tensor, largest: float) -> np.ndarray:
 
 
 def _draw_wheel(ax: Axes) -> None:
-    inset = ax.inset_axes([0.9, -0.02, 0.18, 0.18], xticks=[], yticks=[])
     y, x = np.mgrid[-1:1:81j, -1:1:81j]
     picture = np.ones((81, 81, 4))
     picture[..., :3] = _wheel(torch.tensor(np.stack([y, x])), 1.0)
     picture[..., 3] = np.hypot(y, x) <= 1
-    inset.imshow(picture)
-    inset.set_axis_off()
+    ax.imshow(picture)
+    ax.set_axis_off()
+
+
+def _overlap(box: Tensor, others: Tensor) -> Tensor:
+    """Intersection over union of a box (4,) and others (K, 4)."""
+    shared = (torch.minimum(box[2:], others[:, 2:]) - torch.maximum(box[:2], others[:, :2])).clamp_min(0).prod(1)
+    areas = (others[:, 2:] - others[:, :2]).clamp_min(0).prod(1) + (box[2:] - box[:2]).prod()
+    return shared / (areas - shared).clamp_min(1e-12)
+
+
+def _apart(boxes: Tensor) -> list[int]:
+    """The indices of boxes of which none is mostly in the same place as one before."""
+    chosen: list[int] = []
+    for k, box in enumerate(boxes):
+        if not (_overlap(box, boxes[chosen]) > 0.3).any():
+            chosen.append(k)
+    return chosen
 
 
 def _roi_of(scene: Scene, box: Tensor) -> tuple[Pooling, int] | None:
     """The RoI, of all that were pooled, that overlaps a detection most."""
     best, found = 0.0, None
     for pooling in scene.recording.poolings:
-        if not len(pooling.rois):
-            continue
-        rois = _to_image(scene, pooling.rois[:, 1:])
-        overlap = (torch.minimum(rois[:, 2:], box[2:]) - torch.maximum(rois[:, :2], box[:2])).clamp_min(0).prod(1)
-        areas = (rois[:, 2:] - rois[:, :2]).clamp_min(0).prod(1) + (box[2:] - box[:2]).prod()
-        share, index = (overlap / (areas - overlap).clamp_min(1e-12)).max(0)
-        if share > best:
-            best, found = float(share), (pooling, int(index))
+        if len(pooling.rois):
+            share, index = _overlap(box, _to_image(scene, pooling.rois[:, 1:])).max(0)
+            if share > best:
+                best, found = float(share), (pooling, int(index))
     return found
 
 

@@ -35,7 +35,7 @@ class Grid:
         return self.then(tuple(stride), tuple(d * (k - 1) / 2 - p for k, p, d in reach))
 
     def transposed(self, kernel, stride, padding, dilation) -> "Grid":
-        """As :meth:`window`, of a transposed convolution; the mean over its output pixels, which differ in what they cover."""
+        """As :meth:`window`, of a transposed convolution; on average, where output pixels cover different windows."""
         reach = zip(kernel, stride, padding, dilation, strict=True)
         return self.then(tuple(1 / s for s in stride), tuple((p - d * (k - 1) / 2) / s for k, s, p, d in reach))
 

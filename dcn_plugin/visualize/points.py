@@ -1,11 +1,14 @@
 """Sampling points: where in the image the samples of one output position lie, through several layers."""
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .recording import Convolution
+
+MOST = 1_000_000
 
 
 class Points(NamedTuple):
@@ -32,24 +35,26 @@ def sampling_points(convolution: Convolution, position: tuple[float, float], lay
         convolution: the last layer; it must have a place in the image.
         position: (i, j) of its output.
         layers: as many as there are, at most.
+
+    Raises:
+        ValueError: no layers, no place in the image, or more than a million points.
     """
     if layers < 1:
         raise ValueError(f"layers must be at least 1, got {layers}")
     if convolution.grid is None:
         raise ValueError(f"{convolution.name} was not computed from the image's pixels")
-    i, j = (torch.tensor([float(p)]) for p in position)
+    count = math.prod(len(layer.offset) // 2 for layer in convolution.chain(layers))
+    if count > MOST:
+        raise ValueError(f"{layers} layers of {convolution.name} make {count} points, more than {MOST}: take fewer")
+    y, x = convolution.output_grid.to_image(*(torch.tensor([float(p)]) for p in position))
     weight, counts = torch.ones(1), torch.ones(1, dtype=torch.bool)
-    while True:
-        y, x, own, read = _samples_at(convolution, i, j)
+    for layer in convolution.chain(layers):
+        y, x, own, read = _samples_at(layer, *layer.output_grid.to_map(y, x))
+        y, x = layer.grid.to_image(y.flatten(), x.flatten())
         weight = (weight[:, None] * own).flatten()
         counts = (counts[:, None] & read).flatten()
-        y, x = convolution.grid.to_image(y.flatten(), x.flatten())
-        layers -= 1
-        convolution = convolution.previous
-        if not layers or convolution is None:
-            weight = weight.where(counts, 0)
-            return Points(y, x, weight / weight.max().clamp_min(1e-12), counts)
-        i, j = convolution.output_grid.to_map(y, x)
+    weight = weight.where(counts, 0)
+    return Points(y, x, weight / weight.max().clamp_min(1e-12), counts)
 
 
 def _samples_at(convolution: Convolution, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,9 +1,10 @@
 """Watches a model run: what every deformable operator was given, and where its maps lie in the image."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dcn_plugin.sampling import Samples, convolution_samples, ps_roi_pool_parts, roi_align_bins
+from dcn_plugin.targets import listed
 
 from .grid import Grid
 
@@ -51,6 +53,13 @@ class Convolution:
         geometry = self.kernel_size, self.stride, self.padding, self.dilation
         return convolution_samples(self.size, self.offset[None], *geometry)
 
+    def chain(self, layers: int) -> "list[Convolution]":
+        """This and the deformable convolutions before it on the way from the image, at most so many, the last first."""
+        chain = [self]
+        while len(chain) < layers and chain[-1].previous:
+            chain.append(chain[-1].previous)
+        return chain
+
     def position_at(self, y: float, x: float) -> tuple[int, int]:
         """The output position (i, j) whose centre is nearest to a point of the image."""
         place = self.output_grid.to_map(y, x)
@@ -85,10 +94,23 @@ class Recording:
     convolutions: list[Convolution] = field(default_factory=list)  # in the order of execution
     poolings: list[Pooling] = field(default_factory=list)
 
-    def last_of_each_stride(self) -> list[Convolution]:
-        """The convolutions with a place in the image that ran last, finest map first."""
+    def chosen(self, patterns: Sequence[str] = ()) -> list[Convolution]:
+        """The convolutions with a place in the image whose names match one of the patterns (globs).
+
+        Without patterns, the one of each stride that ran last, finest map first.
+
+        Raises:
+            ValueError: a pattern that matches none.
+        """
         placed = [conv for conv in self.convolutions if conv.grid]
-        return sorted({conv.output_grid.scale: conv for conv in placed}.values(), key=lambda c: c.output_grid.scale)
+        if not patterns:
+            last = {conv.output_grid.scale: conv for conv in placed}
+            return [last[scale] for scale in sorted(last)]
+        for pattern in patterns:
+            if not any(fnmatchcase(conv.name, pattern) for conv in placed):
+                names = listed(dict.fromkeys(conv.name for conv in placed))
+                raise ValueError(f"{pattern!r} matches none of the deformable convolutions that ran: {names}")
+        return [conv for conv in placed if any(fnmatchcase(conv.name, pattern) for pattern in patterns)]
 
 
 def record(model: nn.Module, image: Tensor, forward: Callable[[Tensor], Any] | None = None) -> Recording:
@@ -107,8 +129,9 @@ def record(model: nn.Module, image: Tensor, forward: Callable[[Tensor], Any] | N
         image: (1, C, H, W), as the model gets it.
         forward: called with the image; by default the model.
     """
-    if image.dim() != 4 or len(image) != 1:
-        raise ValueError(f"records one image (1, C, H, W), got {tuple(image.shape)}")
+    if not isinstance(image, Tensor) or image.dim() != 4 or len(image) != 1:
+        got = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
+        raise ValueError(f"records one image (1, C, H, W), got {got}")
     recording = Recording(tuple(image.shape[-2:]))
     with ExitStack() as stack:
         stack.enter_context(uncompiled())

@@ -9,7 +9,8 @@ from .recording import Convolution, Pooling, Recording
 
 SIZES = "small", "medium", "large", "background"
 AREAS = 32**2, 96**2  # COCO's bounds between them, in pixels of the image
-HEADINGS = "layer", "mean", "max", "mean px", "max px", "outside", "mask", *SIZES
+HEADINGS = "layer", "mean", "max", "mean", "max", "outside", "mask", *SIZES
+GROUPS = {1: "of the map", 3: "of the image", 7: "effective dilation, by object"}  # above the headings, by column
 
 
 def effective_dilation(y: Tensor, x: Tensor) -> Tensor:
@@ -43,10 +44,10 @@ def size_of_objects(boxes: Tensor, y: Tensor, x: Tensor) -> Tensor:
 class Table:
     """Statistics of the deformable layers over several images.
 
-    ``mean`` and ``max`` are lengths of displacements in pixels of the layer's input map, ``mean px`` and ``max px`` the
-    same in pixels of the image; of RoI layers, of the bins. ``outside`` is the share of samples that fall outside the
-    map and so count as 0, padding included (of bins, by their centres). ``mask`` is the mask's mean. The last columns
-    are the effective dilation, in pixels of the input map, of filters whose centre is in a small, medium or large
+    ``mean`` and ``max`` are lengths of displacements, in pixels of the layer's input map and in pixels of the image; of
+    RoI layers, of the bins. ``outside`` is the share of samples that fall outside the map and so count as 0, padding
+    included (of bins, by their centres). ``mask`` is the mask's mean. The last columns are the effective dilation
+    (:func:`effective_dilation`), in pixels of the input map, of the filters whose centre is in a small, medium or large
     object (COCO's bounds: 32 and 96 pixels of the image, squared) or in none.
     """
 
@@ -101,12 +102,16 @@ class Table:
             ]
             lines.append((name, *cells))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        table = [
-            "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-            for line in lines
-        ]
-        dilation = sum(widths[:7]) + 2 * 7
-        return "\n".join([" " * dilation + "effective dilation, by object", *table])
+        above = ""
+        for column, text in GROUPS.items():
+            above = above.ljust(sum(widths[:column]) + 2 * column) + text + "  "
+        return "\n".join(
+            [above.rstrip()]
+            + [
+                "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+                for line in lines
+            ]
+        )
 
 
 def _finite_mean(values: Tensor) -> Tensor:

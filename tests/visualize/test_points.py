@@ -58,10 +58,15 @@ def test_two_layers_by_hand():
 def test_layers_between_which_maps_shrink():
     """A stem of stride 2, a layer there, a pooling to stride 4 whose pixels lie at 4p + 1, and a layer there."""
     net = nn.Sequential(
-        nn.Conv2d(1, 1, 3, 2, 1), deform(1, 1, 3, padding=1), nn.MaxPool2d(2), deform(1, 1, 3, padding=1, offset=(0.5, 0.0))
+        nn.Conv2d(1, 1, 3, 2, 1),
+        deform(1, 1, 3, padding=1),
+        nn.MaxPool2d(2),
+        deform(1, 1, 3, padding=1, offset=(0.5, 0.0)),
     )
     # Positions of the last: 3 - 1 + 0.5 and so on, in pixels at 4p + 1 of the image; the layer before adds -2, 0, 2.
-    by_hand = [(4 * (3 + k + 0.5) + 1 + dy, 4 * (5 + m) + 1 + dx) for k, m in grid(0, 0) for dy, dx in grid(0, 0, step=2)]
+    by_hand = [
+        (4 * (3 + k + 0.5) + 1 + dy, 4 * (5 + m) + 1 + dx) for k, m in grid(0, 0) for dy, dx in grid(0, 0, step=2)
+    ]
     assert pairs(points(net, (3, 5))) == sorted(by_hand)
 
 
@@ -116,6 +121,9 @@ def test_errors():
     conv = record(deform(1, 1, 1), torch.rand(1, 1, 4, 4)).convolutions[0]
     with pytest.raises(ValueError, match="layers must be at least 1"):
         sampling_points(conv, (0, 0), 0)
+    net = nn.Sequential(*[deform(1, 1, 3, padding=1) for _ in range(7)])
+    with pytest.raises(ValueError, match="7 layers of 6 make 4782969 points"):
+        points(net, (0, 0), layers=7)
     conv.grid = None
     with pytest.raises(ValueError, match="not computed from the image"):
         sampling_points(conv, (0, 0))
@@ -127,7 +135,9 @@ def test_effective_dilation():
     assert effective_dilation(y[..., None, None] * 2, x[..., None, None]).item() == 3  # six pairs of 4, six of 2
     x = x.clone()
     x[0, 0] = -2  # one pair of 4 in place of 2, one of the length of (2, 2)
-    assert effective_dilation(y[..., None, None], x[..., None, None]).item() == pytest.approx((10 * 2 + 4 + 8**0.5) / 12)
+    assert effective_dilation(y[..., None, None], x[..., None, None]).item() == pytest.approx(
+        (10 * 2 + 4 + 8**0.5) / 12
+    )
     assert effective_dilation(y[:1, :2, None, None], x[1:2, :2, None, None]).item() == 2
     assert effective_dilation(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)).isnan()
 
@@ -141,16 +151,15 @@ def test_objects_are_told_apart_by_size():
 
 
 def test_table():
-    net = nn.Sequential(deform(1, 1, 3, 2, 1, offset=(3.0, 4.0)), deform(1, 1, 3, padding=1, kind=ModulatedDeformConv2dPack))
+    net = nn.Sequential(
+        deform(1, 1, 3, 2, 1, offset=(3.0, 4.0)), deform(1, 1, 3, padding=1, kind=ModulatedDeformConv2dPack)
+    )
     table = Table()
     boxes = torch.tensor([[0.0, 0, 20, 30]])
     for _ in range(2):  # the image has twice the pixels of what the model got
-        table.add(
-            record(net, torch.rand(1, 1, 16, 16)), boxes, (2.0, 2.0), lambda y, x: (2 * y + 0.5, 2 * x + 0.5)
-        )
+        table.add(record(net, torch.rand(1, 1, 16, 16)), boxes, (2.0, 2.0), lambda y, x: (2 * y + 0.5, 2 * x + 0.5))
     _, header, first, second = str(table).splitlines()
     assert header.split()[:3] == ["layer", "mean", "max"]
-    # Of 24 rows of taps, at 2i - 1 + k + 3, 14 are on the map; of the columns, a pixel further, 21 - 10 are: by counting.
     rows = sum(-1 < 2 * i - 1 + k + 3 < 16 for i in range(8) for k in range(3))
     columns = sum(-1 < 2 * i - 1 + k + 4 < 16 for i in range(8) for k in range(3))
     outside = f"{1 - rows * columns / 24**2:.2f}"

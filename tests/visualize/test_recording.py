@@ -120,7 +120,9 @@ def test_calls_are_noted_as_the_operator_gets_them():
     assert one.stride == (2, 2) and one.padding == (1, 1) and two.dilation == (2, 2)
     torch.testing.assert_close(two.taps, second.weight.detach().norm(dim=(0, 1)))
     assert recording.output.shape == (1, 4, 6, 6)
-    assert recording.last_of_each_stride() == [two]
+    assert recording.chosen() == [two] and recording.chosen(["?"]) == [one]
+    with pytest.raises(ValueError, match="'2' matches none of the deformable convolutions that ran: 0, 1.1"):
+        recording.chosen(["*", "2"])
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 
 
@@ -143,7 +145,9 @@ def test_rois():
         return self.after(self.pool(self.conv(x), torch.tensor([[0, 8.0, 8.0, 24.0, 40.0]])))
 
     modules = dict(
-        conv=nn.Conv2d(1, 4, 8, 8), pool=DeformRoIAlignPack(2, 4, 8, spatial_scale=1 / 8), after=DeformConv2dPack(4, 4, 1)
+        conv=nn.Conv2d(1, 4, 8, 8),
+        pool=DeformRoIAlignPack(2, 4, 8, spatial_scale=1 / 8),
+        after=DeformConv2dPack(4, 4, 1),
     )
     recording = record(Apply(pooled, **modules), torch.rand(1, 1, 64, 64))
     [pooling] = recording.poolings
@@ -151,7 +155,7 @@ def test_rois():
     y, x = pooling.samples()[2:4]
     assert x[0, 0].tolist() == [[1.0, 2.0]] * 2 and y[0, 0].tolist() == [[1.5] * 2, [3.5] * 2]
     [conv] = recording.convolutions  # of a RoI's features, which have no place in the image
-    assert conv.name == "after" and conv.grid is None and recording.last_of_each_stride() == []
+    assert conv.name == "after" and conv.grid is None and recording.chosen() == []
 
 
 def test_functions_are_seen_too():
