@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
             for suffix in (".png", ".svg") if args.svg else (".png",):
                 drawing.save(figure, out / f"{name}{suffix}")
                 print(out / f"{name}{suffix}", flush=True)
-        if args.gif:
+        if args.gif and scene.recording.chosen(args.layers):
             frames = _over_checkpoints(args, model, data) if args.checkpoints else _along_line(args, scene)
             _animate(frames, out / f"{scene.name}_points.gif")
             print(out / f"{scene.name}_points.gif", flush=True)
@@ -114,12 +114,11 @@ def run(args: argparse.Namespace) -> None:
 def _pipeline(config: "Config"):
     from mmengine.dataset import Compose
 
-    dataset = config.test_dataloader.dataset
-    while "pipeline" not in dataset:
-        inner = dataset.get("dataset") or (dataset.get("datasets") or [None])[0]
-        if inner is None:
-            raise ValueError("the config's test_dataloader has no pipeline")
-        dataset = inner
+    dataset = (config.get("test_dataloader") or {}).get("dataset")
+    while dataset and "pipeline" not in dataset:  # of a dataset that wraps others
+        dataset = dataset.get("dataset") or next(iter(dataset.get("datasets", ())), None)
+    if not dataset:
+        raise ValueError("the config's test_dataloader has no pipeline")
     return Compose(dataset.pipeline)
 
 

@@ -104,7 +104,7 @@ class Recording:
         """
         placed = [conv for conv in self.convolutions if conv.grid]
         if not patterns:
-            last = {conv.output_grid.scale: conv for conv in placed}
+            last = {tuple(round(s, 3) for s in conv.output_grid.scale): conv for conv in placed}
             return [last[scale] for scale in sorted(last)]
         for pattern in patterns:
             if not any(fnmatchcase(conv.name, pattern) for conv in placed):
@@ -116,8 +116,8 @@ class Recording:
 def record(model: nn.Module, image: Tensor, forward: Callable[[Tensor], Any] | None = None) -> Recording:
     """Runs a model on one image and notes every call of the deformable operators.
 
-    Calls are seen at the operators themselves, so those of functions (mmcv's, run on ours) are among them. What is not:
-    other operators than this package's, such as multi-scale deformable attention or torchvision's.
+    Calls are seen at the operators themselves, so those of functions (mmcv's, run on ours) are among them. Other
+    operators than this package's, such as multi-scale deformable attention or torchvision's, are not.
 
     The maps' places in the image are exact through convolutions, poolings, padding, cropping and resampling. Where a
     map has changed size in some other way since it was last known, the ratio of the sizes counts. Where paths meet (a

@@ -56,6 +56,12 @@ def test_errors_are_one_line(write_config, write_checkpoint, image, tmp_path, op
     assert str(error.value).startswith("error: ") and "\n" not in str(error.value)
 
 
+def test_no_test_pipeline(write_config, write_checkpoint, image, tmp_path):  # noqa: F811
+    config = write_config(extra="test_dataloader = None\n")
+    with pytest.raises(SystemExit, match="test_dataloader has no pipeline"):
+        visualize(config, write_checkpoint(config), image, "--out-dir", tmp_path)
+
+
 def test_a_plain_model(write_config, write_checkpoint, image, tmp_path):  # noqa: F811
     config = write_config(extra="backbone.pop('deformable')\n")
     with pytest.raises(SystemExit, match="the model ran no deformable layer"):
