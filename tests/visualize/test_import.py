@@ -14,4 +14,4 @@ assert len(sampling_points(call, (4, 4)).y) == 9
 assert receptive_fields(conv, image, [(call, (4, 4))])[0].count_nonzero() == 9
 from dcn_plugin.visualize.statistics import Table
 """
-    run(code, missing=("numpy", "mmengine", "mmcv", "mmdet", "matplotlib", "cv2", "PIL"))
+    run(code, missing=("mmengine", "mmcv", "mmdet", "matplotlib", "cv2", "PIL"))
