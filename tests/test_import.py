@@ -226,7 +226,7 @@ def test_every_step_may_be_repeated():
 import dcn_plugin.mmdet, mmengine.optim, mmdet.models
 from dcn_plugin.mmdet import mmcv_ops, patches, register_roi_extractors
 from dcn_plugin.mmengine import patches as mmengine_patches, register_conv_layers, register_deformable_key
-from dcn_plugin.mmengine import register_offset_hook
+from dcn_plugin.mmengine import register_offset_hook, register_offset_vis_hook
 from mmengine.registry import HOOKS, MODELS
 
 def state():
@@ -238,7 +238,8 @@ def state():
             len(torch.nn.modules.module._global_module_registration_hooks)]
 
 before = state()
-steps = [register_conv_layers, register_deformable_key, register_offset_hook, mmcv_ops.replace, register_roi_extractors,
+steps = [register_conv_layers, register_deformable_key, register_offset_hook, register_offset_vis_hook,
+         mmcv_ops.replace, register_roi_extractors,
          mmengine_patches.load_mmengine_checkpoints, mmengine_patches.apply_offset_learning_rates,
          mmengine_patches.load_old_offsets, mmengine_patches.explain_resuming, patches.fall_back_on_stride]
 for step in steps:
