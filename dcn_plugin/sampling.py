@@ -1,5 +1,6 @@
 """Where the deformable operators sample, from what they are given; needs torch alone."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,9 +18,9 @@ class Samples(NamedTuple):
 
 
 def convolution_samples(
-    size: tuple[int, int],
+    size: Sequence[int],
     offset: Tensor,
-    kernel_size: tuple[int, int],
+    kernel_size: Sequence[int],
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],
@@ -42,7 +43,7 @@ def convolution_samples(
     return Samples(dy, dx, y, x, (y > -1) & (y < height) & (x > -1) & (x < width))
 
 
-def roi_align_bins(size: tuple[int, int], rois: Tensor, offset: Tensor, scale: float, gamma: float) -> Samples:
+def roi_align_bins(size: Sequence[int], rois: Tensor, offset: Tensor, scale: float, gamma: float) -> Samples:
     """The bins of deformable RoI align by their centres: (K, 1, oh, ow) each.
 
     Args:
@@ -55,7 +56,7 @@ def roi_align_bins(size: tuple[int, int], rois: Tensor, offset: Tensor, scale: f
     return Samples(*bins, (y >= -1) & (y <= height) & (x >= -1) & (x <= width))
 
 
-def ps_roi_pool_parts(size: tuple[int, int], rois: Tensor, offset: Tensor, scale: float, trans_std: float) -> Samples:
+def ps_roi_pool_parts(size: Sequence[int], rois: Tensor, offset: Tensor, scale: float, trans_std: float) -> Samples:
     """As :func:`roi_align_bins`, for the parts that each class displaces: (K, classes, ph, pw) each."""
     height, width = size
     bins = _displaced_bins(*ps_roi_pool_edges(rois, scale), trans_std * offset.float())
