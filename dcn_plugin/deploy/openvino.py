@@ -4,6 +4,8 @@ OpenVINO 2026.4's ONNX frontend has no rule for DeformConv, and its own operator
 ``bilinear_interpolation_pad`` is set.
 """
 
+from functools import partial
+
 import numpy as np
 import openvino
 import torch
@@ -15,7 +17,15 @@ from torch import Tensor
 def convert(network: torch.jit.ScriptModule, images: Tensor, names: list[str], dynamic: bool) -> openvino.Model:
     """A traced network as an OpenVINO model."""
     shape = [-1, images.shape[1], -1, -1] if dynamic else list(images.shape)
-    rules = {"dcn_plugin::deform_conv2d": _deform_conv2d, "aten::group_norm": _group_norm}
+    # The frontend forgets channels on the way, in RepPoints' and VFNet's heads. The trace has them, in the order in
+    # which nodes are converted; were it another, the comparison of the outputs would fail.
+    graph = network.inlined_graph
+    traced = [
+        [value.type().sizes()[1] for value in list(node.inputs())[:2]]
+        for node in graph.findAllNodes("dcn_plugin::deform_conv2d")
+    ]
+    deform_conv2d = partial(_deform_conv2d, iter(traced))
+    rules = {"dcn_plugin::deform_conv2d": deform_conv2d, "aten::group_norm": _group_norm}
     model = openvino.convert_model(
         network,
         example_input=images,
@@ -28,12 +38,10 @@ def convert(network: torch.jit.ScriptModule, images: Tensor, names: list[str], d
     return model
 
 
-def _deform_conv2d(context):
+def _deform_conv2d(traced, context):
     input, offset, weight, bias, mask = (context.get_input(i) for i in range(5))
     strides, pads, dilations = (context.get_values_from_const_input(i) for i in (5, 6, 7))
-    channels, predicted = (node.get_partial_shape()[1] for node in (input, offset))
-    if channels.is_dynamic or predicted.is_dynamic:
-        raise ValueError("a deformable convolution needs fixed numbers of channels to become OpenVINO's")
+    channels, predicted = next(traced)
     _, group_channels, height, width = weight.get_shape()
     output = opset8.deformable_convolution(
         input,
@@ -44,8 +52,8 @@ def _deform_conv2d(context):
         pads,
         dilations,
         None if _is_none(mask) else mask,
-        group=channels.get_length() // group_channels,
-        deformable_group=predicted.get_length() // (2 * height * width),
+        group=channels // group_channels,
+        deformable_group=predicted // (2 * height * width),
         bilinear_interpolation_pad=True,
     )
     if not _is_none(bias):
