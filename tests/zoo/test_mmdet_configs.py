@@ -208,7 +208,10 @@ def test_config(name, tmp_path, monkeypatch):
     operators = {"deform_conv2d", "deform_roi_align"} & training.keys()
     assert operators
     for operator in operators:
-        assert prediction[operator] >= training[operator] >= training[f"{operator}_backward"] > 0
+        assert training[operator] >= training[f"{operator}_backward"] > 0
+        # mmcv-lite's plain RoI align runs on ours too, once for each level that has boxes: how often is chance.
+        lite = operator == "deform_roi_align" and provide_mmcv_ext()
+        assert lite or prediction[operator] >= training[operator]
 
 
 @pytest.mark.skipif(not RUN_ALL, reason="loads all of MMDetection's configs; DCN_PLUGIN_ALL_CONFIGS is not 1")
