@@ -63,12 +63,13 @@ def convert(
     Raises:
         ValueError: an unknown type or option; a target that matches nothing, names no convolution, names one that
             cannot be deformable (transposed, of another ``padding_mode``, of a class that computes something else) or
-            of which the options leave nothing. The module is then as before.
+            of which the options leave nothing; a module that is distributed already. The module is then as before.
     """
     kind = _kind(type)
     _check_names(kind, conv_kwargs)
     if issubclass(kind, ModulatedDeformConv2dPack):
         conv_kwargs.setdefault("mask_scale", 2.0)
+    _check_not_distributed(module)
     candidates = list(candidates_of(module))
     options = Options(kernel_size, stride, depthwise, min_channels)
     chosen = choose(module, candidates, targets, options)
@@ -88,6 +89,14 @@ def convert(
         + (f"; could not: {listed(f'{c.names[0]} ({c.obstacle})' for c in unable)}" if unable else "")
     )
     return module
+
+
+def _check_not_distributed(module: nn.Module) -> None:
+    """New parameters would be nobody's: DistributedDataParallel and fully_shard look at a module when they wrap it."""
+    wrapped = isinstance(module, nn.parallel.DistributedDataParallel)
+    if wrapped or any(hasattr(parameter, "device_mesh") for parameter in module.parameters()):
+        how = "wrapped in DistributedDataParallel" if wrapped else "sharded (its parameters are DTensors)"
+        raise ValueError(f"{name_of(module)} is {how} already: convert first, and distribute what is converted")
 
 
 def _kind(given: str | type) -> type:

@@ -103,6 +103,8 @@ def state():
     registries = [MODELS, *MODELS.children.values(), HOOKS]
     return dict(
         resume=mmengine.runner.Runner.resume,
+        launch=[mmengine.dist.utils._init_dist_pytorch, mmengine.model.MMDistributedDataParallel.__init__],
+        suppression=sys.modules["mmcv.ops.nms"].NMSop.forward,
         bottleneck=mmdet.models.backbones.resnet.Bottleneck.__init__,
         parameters=mmengine.optim.DefaultOptimWrapperConstructor.add_params,
         build=[registry.build_func for registry in registries],
@@ -244,6 +246,8 @@ def state():
             [(child.build_func, dict(child.module_dict)) for child in MODELS.children.values()],
             mmengine.optim.DefaultOptimWrapperConstructor.add_params,
             mmdet.models.backbones.resnet.Bottleneck.__init__, mmengine.runner.Runner.resume,
+            mmengine.dist.utils._init_dist_pytorch, mmengine.model.MMDistributedDataParallel.__init__,
+            sys.modules["mmcv.ops.nms"].NMSop.forward,
             len(torch.serialization.get_safe_globals()),
             len(torch.nn.modules.module._global_module_registration_hooks)]
 
@@ -251,7 +255,8 @@ before = state()
 steps = [register_conv_layers, register_deformable_key, register_offset_hook, register_offset_vis_hook,
          mmcv_ops.replace, register_roi_extractors,
          mmengine_patches.load_mmengine_checkpoints, mmengine_patches.apply_offset_learning_rates,
-         mmengine_patches.load_old_offsets, mmengine_patches.explain_resuming, patches.fall_back_on_stride]
+         mmengine_patches.load_old_offsets, mmengine_patches.explain_resuming,
+         mmengine_patches.launch_on_cpus, patches.fall_back_on_stride, patches.suppress_in_bfloat16]
 for step in steps:
     step()
     assert state() == before, step

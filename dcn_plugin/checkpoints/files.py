@@ -96,11 +96,18 @@ def state_dict_of(checkpoint, source) -> tuple[State, list[str]]:
 
 
 def save(checkpoint: dict, path: Path) -> None:
-    """Writes a file whole, or not at all."""
+    """Writes a file whole, or not at all.
+
+    Raises:
+        OSError: it cannot be written; on a full disk, say.
+    """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
-            torch.save(checkpoint, file)
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # PyTorch's writer: "unexpected pos 64 vs 0"
+                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
             file.flush()
             os.fsync(file.fileno())
         umask = os.umask(0)

@@ -37,3 +37,4 @@ __all__ = ["DeformGenericRoIExtractor", "DeformPSRoIExtractor", "DeformRoIExtrac
 mmcv_ops.replace()
 register_roi_extractors()
 patches.fall_back_on_stride()
+patches.suppress_in_bfloat16()

@@ -2,7 +2,9 @@
 
 import functools
 
+import torch
 from mmcv.cnn import build_conv_layer
+from mmcv.ops.nms import NMSop
 from mmdet.models.backbones.resnet import Bottleneck
 from torch.nn.modules.utils import _pair
 
@@ -34,3 +36,23 @@ def fall_back_on_stride() -> None:
 
     init_block.falls_back = True
     Bottleneck.__init__ = init_block
+
+
+def suppress_in_bfloat16() -> None:
+    """Lets mmcv's non-maximum suppression take bfloat16 boxes, as evaluating under autocast on a CPU makes them.
+
+    mmcv's kernel (all versions up to 2.2.0) has no bfloat16, nor float16 on the CPU. It gets the boxes and scores cast
+    to float32 and answers with indices, so that nothing else changes.
+    """
+    forward = NMSop.forward
+    if hasattr(forward, "casts"):
+        return
+
+    @functools.wraps(forward)
+    def forward_in_float32(ctx, bboxes, scores, *args):
+        halves = (torch.bfloat16, torch.float16) if bboxes.device.type == "cpu" else (torch.bfloat16,)
+        bboxes, scores = (t.float() if t.dtype in halves else t for t in (bboxes, scores))
+        return forward(ctx, bboxes, scores, *args)
+
+    forward_in_float32.casts = True
+    NMSop.forward = staticmethod(forward_in_float32)

@@ -2,11 +2,14 @@
 
 import functools
 
+import mmengine.dist.utils
 import numpy as np
 import torch
 from mmengine.analysis import complexity_analysis
 from mmengine.analysis.jit_handles import generic_activation_jit
+from mmengine.device import get_device
 from mmengine.logging import HistoryBuffer
+from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.runner import Runner
 from torch import nn
@@ -120,3 +123,34 @@ def _watch_registration(parent: nn.Module, name: str, child: nn.Module) -> None:
 
 def _global_registration_hooks() -> dict:
     return torch.nn.modules.module._global_module_registration_hooks
+
+
+def launch_on_cpus() -> None:
+    """Lets ``--launcher pytorch`` train on CPUs.
+
+    MMEngine (all versions up to 0.10.7) makes every process choose a CUDA device and hands that device's number to
+    DistributedDataParallel, which both raise without CUDA. Here processes without an accelerator join a group of gloo's
+    (in the place of nccl, which is the default and has nothing for CPUs), and models on the CPU get no device numbers.
+    """
+    join = mmengine.dist.utils._init_dist_pytorch
+    if hasattr(join, "knows_cpus"):
+        return
+
+    @functools.wraps(join)
+    def join_group(backend, init_backend="torch", **kwargs):
+        if get_device() == "cpu" and init_backend == "torch":
+            torch.distributed.init_process_group("gloo" if backend == "nccl" else backend, **kwargs)
+        else:
+            join(backend, init_backend=init_backend, **kwargs)
+
+    wrap = MMDistributedDataParallel.__init__
+
+    @functools.wraps(wrap)
+    def wrap_module(self, module, *args, **kwargs):
+        if all(parameter.device.type == "cpu" for parameter in module.parameters()):
+            kwargs["device_ids"] = None
+        wrap(self, module, *args, **kwargs)
+
+    join_group.knows_cpus = True
+    mmengine.dist.utils._init_dist_pytorch = join_group
+    MMDistributedDataParallel.__init__ = wrap_module

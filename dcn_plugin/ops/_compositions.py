@@ -19,9 +19,9 @@ def _in_computing_dtype(composition: Callable[..., Tensor]) -> Callable[..., Ten
     @functools.wraps(composition)
     def computed(input: Tensor, *args) -> Tensor:
         dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-        cast = [value.to(dtype) if isinstance(value, Tensor) else value for value in args]
+        casted = (value.to(dtype) if isinstance(value, Tensor) else value for value in args)
         with torch.autocast(input.device.type, enabled=False):
-            return composition(input.to(dtype), *cast).to(input.dtype)
+            return composition(input.to(dtype), *casted).to(input.dtype)
 
     return computed
 

@@ -51,10 +51,8 @@ def register_derivatives(
         needed = [index for index, needed in enumerate(ctx.needs_input_grad) if needed]
         outputs, pull_back = _vjp(gradients, inputs, needed)
         cotangents = (torch.zeros_like(o) if c is None else c for o, c in zip(outputs, cotangents, strict=True))
-        results: list[Tensor | None] = [None] * len(inputs)
-        for index, result in zip(needed, pull_back(tuple(cotangents)), strict=True):
-            results[index] = result
-        return tuple(results)
+        results = dict(zip(needed, pull_back(tuple(cotangents)), strict=True))
+        return tuple(results.get(index) for index in range(len(inputs)))
 
     def tangents(ctx, tangent, *others):
         if any(other is not None for other in others):

@@ -1,0 +1,108 @@
+"""Trainings through mmdet's own train.py end with equal weights: in two processes, killed and resumed, in pieces."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("mmdet", reason="the trainings run in MMDetection")
+
+import mmdet
+from mmengine.config import Config
+from mmengine.runner import Runner
+from torch import nn
+
+import dcn_plugin
+import dcn_plugin.mmdet
+
+from . import toy
+
+ROOT = Path(dcn_plugin.__file__).parents[1]
+TRAIN = Path(mmdet.__file__).parent / ".mim/tools/train.py"
+pytestmark = pytest.mark.skipif(not TRAIN.exists(), reason="this mmdet was installed without its tools")
+
+
+def weights(work_dir, epoch=toy.EPOCHS):
+    """The model's and its moving average's, of a checkpoint."""
+    checkpoint = torch.load(work_dir / f"epoch_{epoch}.pth", map_location="cpu")
+    assert any("conv_offset" in name for name in checkpoint["state_dict"])
+    return {**checkpoint["state_dict"], **{f"ema {k}": v for k, v in checkpoint["ema_state_dict"].items()}}
+
+
+def assert_equal(values, expected, tolerance=0.0):
+    assert values.keys() == expected.keys()
+    assert all(value.abs().max() < 100 for value in expected.values())  # else a tolerance would say nothing
+    furthest = max(float((values[name].double() - expected[name].double()).abs().max()) for name in expected)
+    assert furthest <= tolerance
+
+
+def train_here(work_dir, **settings):
+    Runner.from_cfg(Config(toy.settings(work_dir, **settings))).train()
+    return weights(work_dir)
+
+
+def launch(work_dir, *arguments, processes=None, **settings):
+    """Runs mmdet's train.py, under torchrun for several processes, on a config file."""
+    config = work_dir.with_suffix(".py")
+    Config(toy.settings(work_dir, **settings)).dump(str(config))
+    command = [sys.executable]
+    if processes:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        arguments = ("--launcher", "pytorch", *arguments)
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    return subprocess.run(
+        [*command, str(TRAIN), str(config), *arguments], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The weights of a training in one process."""
+    return train_here(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.mark.parametrize("converted", [False, True], ids=["native", "converted"])
+def test_two_processes_equal_one_with_the_whole_batch(converted, trained, tmp_path):
+    done = launch(tmp_path / "two", processes=2, batch=toy.BATCH // 2, converted=converted)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = train_here(tmp_path / "one", converted=True) if converted else trained
+    assert_equal(weights(tmp_path / "two"), expected, 1e-9)
+
+
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(trained, tmp_path):
+    killed = launch(tmp_path / "run", kill=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    assert sorted(path.name for path in (tmp_path / "run").glob("*.pth")) == ["epoch_1.pth"]
+    resumed = launch(tmp_path / "run", "--resume", kill=True)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert_equal(weights(tmp_path / "run"), trained)
+
+
+def test_gradient_checkpointing_changes_nothing(trained, tmp_path):
+    assert_equal(train_here(tmp_path, with_cp=True), trained, 1e-12)
+
+
+def test_accumulated_gradients_equal_the_whole_batch(trained, tmp_path):
+    """But for the moving average, which counts iterations."""
+    accumulated = train_here(tmp_path, batch=toy.BATCH // 2, accumulate=2)
+    models = ({k: v for k, v in w.items() if not k.startswith("ema ")} for w in (accumulated, trained))
+    assert_equal(*models, 1e-9)
+
+
+def test_conversion_to_synchronised_batch_norm_keeps_the_layers():
+    """MMEngine converts where a config says ``sync_bn='torch'``, and reverts in one process."""
+    from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
+
+    model = nn.Sequential(dcn_plugin.layers.ModulatedDeformConv2dPack(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    nn.init.normal_(model[0].conv_offset.weight)
+    x = torch.rand(2, 3, 6, 6)
+    expected, names = model(x), list(model.state_dict())
+    converted = convert_sync_batchnorm(model, "torch")
+    assert isinstance(converted[1], nn.SyncBatchNorm) and list(converted.state_dict()) == names
+    reverted = revert_sync_batchnorm(converted).eval()
+    assert type(reverted[0]) is dcn_plugin.layers.ModulatedDeformConv2dPack
+    assert torch.equal(reverted(x), expected)
