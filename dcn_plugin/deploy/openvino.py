@@ -22,7 +22,7 @@ def convert(network: torch.jit.ScriptModule, images: Tensor, names: list[str], d
     graph = network.inlined_graph
     traced = [
         [value.type().sizes()[1] for value in list(node.inputs())[:2]]
-        for node in graph.findAllNodes("dcn_plugin::deform_conv2d")
+        for node in graph.findAllNodes("dcn_plugin::deform_conv2d")  # type: ignore[attr-defined]
     ]
     deform_conv2d = partial(_deform_conv2d, iter(traced))
     rules = {"dcn_plugin::deform_conv2d": deform_conv2d, "aten::group_norm": _group_norm}
