@@ -89,11 +89,11 @@ def sampling_points_figure(
 def draw_points(ax: Axes, points: Points, centre: Place) -> None:
     order = points.weight.argsort()  # the heaviest on top
     order = order[points.counts[order]]
-    weight = points.weight[order].sqrt().numpy()
+    weight = points.weight[order].numpy()
     rgba = np.tile(colors.to_rgba(SAMPLE), (len(order), 1))
-    rgba[:, 3] = 0.12 + 0.88 * weight
+    rgba[:, 3] = 0.15 + 0.85 * weight
     few = 1 + 2 / (1 + len(order) / 81)  # larger where there are few
-    ax.scatter(points.x[order], points.y[order], s=few * (0.8 + 5 * weight), c=rgba, linewidths=0)
+    ax.scatter(points.x[order], points.y[order], s=few * (0.8 + 6 * weight), c=rgba, linewidths=0)
     ax.scatter(*centre, s=22, c=POSITION, edgecolors="black", linewidths=0.6, zorder=3)
 
 
@@ -101,7 +101,7 @@ def draw_points(ax: Axes, points: Points, centre: Place) -> None:
 def receptive_fields_figure(scene: Scene, places: Sequence[Place], convolutions: Sequence[Convolution]) -> Figure:
     """For each place and layer the effective receptive field, offsets off on the left and on on the right.
 
-    Brightness is the square root of the gradient, over the largest of both fields.
+    Brightness is the square root of the gradient, over nearly the largest of the field.
     """
     wanted = [(conv, scene.position(conv, place)) for place in places for conv in convolutions]
     pairs = list(zip(*(scene.receptive_fields(wanted, straight) for straight in (True, False)), strict=True))
@@ -110,13 +110,13 @@ def receptive_fields_figure(scene: Scene, places: Sequence[Place], convolutions:
     for number, (convolution, _) in enumerate(wanted):
         row, column = divmod(number, len(convolutions))
         place = places[row]
-        largest = max(float(field.max()) for field in pairs[number]) or 1.0
         for side, field in enumerate(pairs[number]):
             ax = axes[row][2 * column + side]
-            ax.imshow(grey, cmap="gray", vmin=0, vmax=255)
-            strength = (field / largest).sqrt().numpy()
-            extent = scene.extent(field.shape)
-            ax.imshow(strength, cmap="inferno", vmin=0, vmax=1, alpha=_veil(strength), extent=extent)
+            ax.imshow(grey, cmap="gray", vmin=0, vmax=400)  # darker than the image, for the field to shine
+            largest = max(float(np.quantile(field, 0.9995)), 1e-12)
+            strength = (field / largest).clamp(0, 1).sqrt().numpy()
+            opacity = np.minimum(1.5 * strength, 1)
+            ax.imshow(strength, cmap="inferno", vmin=0, vmax=1, alpha=opacity, extent=scene.extent(field.shape))
             _frame(ax, scene)
             ax.scatter(*scene.centre(convolution, place), s=14, c=POSITION, edgecolors="black", linewidths=0.6)
             if row == 0:
@@ -174,9 +174,10 @@ def offsets_figure(scene: Scene, convolution: Convolution) -> Figure:
     figure, axes = _panels(scene, 1, panels, titles=2)
     arrows, taps = axes[0][:2]
 
-    _show(arrows, scene)
-    _draw_arrows(arrows, scene, convolution, offset.mean((0, 1)))
-    arrows.set_title(f"{_title(convolution)}\nmean displacement")
+    arrows.imshow(255 - (255 - _grey(scene.image)) * 0.6, cmap="gray", vmin=0, vmax=255)
+    _frame(arrows, scene)
+    times = _draw_arrows(arrows, scene, convolution, offset.mean((0, 1)))
+    arrows.set_title(f"{_title(convolution)}\nmean displacement, {times:g} times as long")
 
     taps.set_title(f"displacement of the {kernel_h}x{kernel_w} taps,\nup to {largest:.2f} pixels of the map")
     taps.set_axis_off()
@@ -219,7 +220,7 @@ def rendered(figure: Figure, dpi: int = DPI) -> np.ndarray:
 @_styled
 def save(figure: Figure, path, **options) -> None:
     """Writes a figure in the format that the path's suffix names."""
-    figure.savefig(path, dpi=DPI, **options)
+    figure.savefig(path, dpi=DPI, bbox_inches="tight", pad_inches=0.02, **options)
 
 
 def _panels(scene: Scene, rows: int, columns: int, titles: int = 2) -> tuple[Figure, np.ndarray]:
@@ -262,31 +263,31 @@ def _grey(image: np.ndarray) -> np.ndarray:
     return image @ np.array([0.299, 0.587, 0.114])
 
 
-def _veil(strength: np.ndarray) -> np.ndarray:
-    return np.clip(0.55 + strength, 0, 1)
-
-
-def _draw_arrows(ax: Axes, scene: Scene, convolution: Convolution, displacement: Tensor) -> None:
+def _draw_arrows(ax: Axes, scene: Scene, convolution: Convolution, displacement: Tensor) -> float:
+    """Draws at most so many arrows that they keep apart; returns how many times as long as they are."""
     out_h, out_w = convolution.output_size
     step = max(-(-max(out_h, out_w) // ARROWS), 1)
     rows, columns = (torch.arange((n - 1) % step // 2, n, step) for n in (out_h, out_w))
     i, j = torch.meshgrid(rows, columns, indexing="ij")
     y, x = scene.frame.to_image(*convolution.output_grid.to_image(i, j))
-    dy, dx = displacement[:, i, j]
-    dy, dx = (d * s * f for d, s, f in zip((dy, dx), convolution.grid.scale, scene.frame.scale, strict=True))
+    scales = zip(displacement[:, i, j], convolution.grid.scale, scene.frame.scale, strict=True)
+    dy, dx = (one * of_map * of_image for one, of_map, of_image in scales)
     reach = torch.hypot(dy, dx)
+    apart = step * convolution.output_grid.scale[1] * scene.frame.scale[1]
+    times = max(round(1.5 * apart / max(float(reach.max()), 0.01 * apart)), 1)
     ax.quiver(
-        *(one.numpy() for one in (x, y, dx, dy, reach)),
+        *(one.numpy() for one in (x, y, dx * times, dy * times, reach)),
         angles="xy",
         scale_units="xy",
         scale=1,
-        cmap="autumn_r",
-        width=0.006,
-        headwidth=4,
-        headlength=4.5,
-        headaxislength=4,
-        minlength=0.5,
+        cmap="plasma",
+        width=0.005,
+        headwidth=3.5,
+        headlength=4,
+        headaxislength=3.5,
+        minlength=0,
     )
+    return times
 
 
 def _wheel(offset: Tensor, largest: float) -> np.ndarray:
