@@ -163,7 +163,7 @@ def _over_checkpoints(args, model, data):
         scene = see(model, data, args.score_thr)
         layers = scene.recording.chosen(args.layers)
         figure = drawing.sampling_points_figure(scene, places, layers, args.last)
-        figure.suptitle(Path(file).stem, fontsize=8)
+        figure.axes[0].set_ylabel(Path(file).stem)
         yield drawing.rendered(figure, GIF_DPI)
     _load(model, args.checkpoint, args.device)
 

@@ -171,7 +171,7 @@ def offsets_figure(scene: Scene, convolution: Convolution) -> Figure:
     offset = offset.nan_to_num(0, 0, 0)
     largest = float(offset.norm(dim=2).max())
     panels = 2 if convolution.mask is None else 3
-    figure, axes = _panels(scene, 1, panels, titles=2)
+    figure, axes = _panels(scene, 1, panels)
     arrows, taps = axes[0][:2]
 
     arrows.imshow(255 - (255 - _grey(scene.image)) * 0.6, cmap="gray", vmin=0, vmax=255)
@@ -223,13 +223,13 @@ def save(figure: Figure, path, **options) -> None:
     figure.savefig(path, dpi=DPI, bbox_inches="tight", pad_inches=0.02, **options)
 
 
-def _panels(scene: Scene, rows: int, columns: int, titles: int = 2) -> tuple[Figure, np.ndarray]:
+def _panels(scene: Scene, rows: int, columns: int) -> tuple[Figure, np.ndarray]:
     height, width = scene.image.shape[:2]
     panel_w, panel_h = PANEL * width / max(height, width), PANEL * height / max(height, width)
-    size = columns * (panel_w + 0.06), rows * (panel_h + 0.06) + 0.12 * titles + 0.12
+    size = columns * (panel_w + 0.06), rows * (panel_h + 0.12) + 0.45
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.05, wspace=0.01, hspace=0.01)
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
