@@ -11,7 +11,7 @@ from . import _config
 
 if TYPE_CHECKING:
     from mmengine.config import Config
-    from torch import nn
+    from mmengine.model import BaseModel
 
     from dcn_plugin.visualize.scene import Scene
 
@@ -122,7 +122,7 @@ def _pipeline(config: "Config"):
     return Compose(dataset.pipeline)
 
 
-def _load(model: "nn.Module", checkpoint: str, device: str) -> None:
+def _load(model: "BaseModel", checkpoint: str, device: str) -> None:
     from mmengine.runner import load_checkpoint
 
     loaded = load_checkpoint(model, checkpoint, map_location="cpu")

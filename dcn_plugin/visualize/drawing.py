@@ -8,7 +8,9 @@ import torch
 from matplotlib import colors, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
@@ -148,8 +150,8 @@ def rois_figure(scene: Scene, count: int = 3) -> Figure | None:
             for (x1, y1, x2, y2), alpha in zip(boxes.flatten(0, 1).tolist(), opacity.flatten().tolist(), strict=True):
                 face, edge = colors.to_rgba(colour, 0.12 * alpha), colors.to_rgba(colour, 0.25 + 0.75 * alpha)
                 ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, facecolor=face, edgecolor=edge, linewidth=0.5))
-            low, high = straight[0, 0, :2], straight[-1, -1, 2:]
-            ax.add_patch(Rectangle(low, *(high - low), fill=False, edgecolor=POSITION, linewidth=1.0))
+            (x1, y1), (x2, y2) = straight[0, 0, :2].tolist(), straight[-1, -1, 2:].tolist()
+            ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=POSITION, linewidth=1.0))
             _zoom(ax, torch.cat([straight.flatten(0, 1), bins.flatten(0, 1)]))
         label = int(scene.labels[k])
         name = scene.classes[label] if label < len(scene.classes) else str(label)
@@ -201,8 +203,7 @@ def offsets_figure(scene: Scene, convolution: Convolution) -> Figure:
         drawn = ax.imshow(mask, cmap="viridis", alpha=0.8, extent=extent, interpolation="nearest")
         _frame(ax, scene)
         ax.set_title("mask, mean of the taps")
-        bar = figure.colorbar(drawn, ax=ax, fraction=0.046, pad=0.03)
-        bar.solids.set_alpha(1)
+        bar = figure.colorbar(ScalarMappable(drawn.norm, drawn.cmap), ax=ax, fraction=0.046, pad=0.03)
         bar.outline.set_linewidth(0.4)
         bar.ax.tick_params(width=0.4, length=2)
     return figure
@@ -227,9 +228,9 @@ def _panels(scene: Scene, rows: int, columns: int) -> tuple[Figure, np.ndarray]:
     height, width = scene.image.shape[:2]
     panel_w, panel_h = PANEL * width / max(height, width), PANEL * height / max(height, width)
     size = columns * (panel_w + 0.06), rows * (panel_h + 0.12) + 0.45
-    figure = Figure(figsize=size, layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.05, wspace=0.01, hspace=0.01)
+    figure = Figure(figsize=size, layout=layout)
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.05, wspace=0.01, hspace=0.01)
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
@@ -270,7 +271,7 @@ def _draw_arrows(ax: Axes, scene: Scene, convolution: Convolution, displacement:
     rows, columns = (torch.arange((n - 1) % step // 2, n, step) for n in (out_h, out_w))
     i, j = torch.meshgrid(rows, columns, indexing="ij")
     y, x = scene.frame.to_image(*convolution.output_grid.to_image(i, j))
-    scales = zip(displacement[:, i, j], convolution.grid.scale, scene.frame.scale, strict=True)
+    scales = zip(displacement[:, i, j], convolution.input_grid.scale, scene.frame.scale, strict=True)
     dy, dx = (one * of_map * of_image for one, of_map, of_image in scales)
     reach = torch.hypot(dy, dx)
     apart = step * convolution.output_grid.scale[1] * scene.frame.scale[1]

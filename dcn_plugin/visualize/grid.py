@@ -1,5 +1,6 @@
 """The affine map between the pixels of a feature map and those of the image that it was computed from."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 Pair = tuple[float, float]
@@ -23,11 +24,10 @@ class Grid:
     def to_map(self, y, x):
         return (y - self.shift[0]) / self.scale[0], (x - self.shift[1]) / self.scale[1]
 
-    def then(self, step: Pair, start: Pair) -> "Grid":
+    def then(self, step: Sequence[float], start: Sequence[float]) -> "Grid":
         """The grid of a map whose pixel p is at ``step * p + start`` of this one."""
-        scale = tuple(s * by for s, by in zip(self.scale, step, strict=True))
-        shift = tuple(t + s * by for t, s, by in zip(self.shift, self.scale, start, strict=True))
-        return Grid(scale, shift)
+        (scale_y, scale_x), shift = self.scale, self.to_image(*start)
+        return Grid((scale_y * step[0], scale_x * step[1]), shift)
 
     def window(self, kernel, stride, padding, dilation) -> "Grid":
         """The grid of what a convolution or pooling makes of this one; arguments are pairs, as of ``nn.Conv2d``."""

@@ -41,8 +41,6 @@ def sampling_points(convolution: Convolution, position: tuple[float, float], lay
     """
     if layers < 1:
         raise ValueError(f"layers must be at least 1, got {layers}")
-    if convolution.grid is None:
-        raise ValueError(f"{convolution.name} was not computed from the image's pixels")
     count = math.prod(len(layer.offset) // 2 for layer in convolution.chain(layers))
     if count > MOST:
         raise ValueError(f"{layers} layers of {convolution.name} make {count} points, more than {MOST}: take fewer")
@@ -50,7 +48,7 @@ def sampling_points(convolution: Convolution, position: tuple[float, float], lay
     weight, counts = torch.ones(1), torch.ones(1, dtype=torch.bool)
     for layer in convolution.chain(layers):
         y, x, own, read = _samples_at(layer, *layer.output_grid.to_map(y, x))
-        y, x = layer.grid.to_image(y.flatten(), x.flatten())
+        y, x = layer.input_grid.to_image(y.flatten(), x.flatten())
         weight = (weight[:, None] * own).flatten()
         counts = (counts[:, None] & read).flatten()
     weight = weight.where(counts, 0)

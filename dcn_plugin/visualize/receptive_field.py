@@ -24,7 +24,8 @@ class _Outputs(TorchFunctionMode):
     def __init__(self, indices: set[int], straight: bool):
         super().__init__()
         self.indices, self.straight = indices, straight
-        self.calls, self.outputs = 0, {}
+        self.calls = 0
+        self.outputs: dict[int, Tensor] = {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

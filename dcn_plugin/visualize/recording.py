@@ -38,15 +38,22 @@ class Convolution:
 
     @property
     def kernel_size(self) -> tuple[int, int]:
-        return tuple(self.taps.shape)
+        return _size(self.taps)
 
     @property
     def output_size(self) -> tuple[int, int]:
-        return tuple(self.offset.shape[-2:])
+        return _size(self.offset)
 
     @property
-    def output_grid(self) -> Grid | None:
-        return self.grid and self.grid.window(self.kernel_size, self.stride, self.padding, self.dilation)
+    def input_grid(self) -> Grid:
+        """The input map's grid; a ValueError where it has none."""
+        if self.grid is None:
+            raise ValueError(f"{self.name} was not computed from the image's pixels")
+        return self.grid
+
+    @property
+    def output_grid(self) -> Grid:
+        return self.input_grid.window(self.kernel_size, self.stride, self.padding, self.dilation)
 
     def samples(self) -> Samples:
         """Its samples, (1, deform_groups, kh, kw, Ho, Wo) each."""
@@ -132,7 +139,7 @@ def record(model: nn.Module, image: Tensor, forward: Callable[[Tensor], Any] | N
     if not isinstance(image, Tensor) or image.dim() != 4 or len(image) != 1:
         got = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
         raise ValueError(f"records one image (1, C, H, W), got {got}")
-    recording = Recording(tuple(image.shape[-2:]))
+    recording = Recording(_size(image))
     with ExitStack() as stack:
         stack.enter_context(uncompiled())
         stack.enter_context(torch.no_grad())
@@ -190,7 +197,8 @@ class _Path:
 
 
 def _size(tensor: Tensor) -> tuple[int, int]:
-    return tuple(tensor.shape[-2:])
+    height, width = tensor.shape[-2:]
+    return height, width
 
 
 def _pair(numbers) -> tuple:
@@ -290,19 +298,19 @@ def _after_interpolation(path: _Path, args, output: Tensor) -> _Path:
 
 
 def _after_padding(path: _Path, args, output: Tensor) -> _Path:
-    left, _, top = [*args[1], 0][:3]
+    left, top = args[1][0], args[1][2] if len(args[1]) > 2 else 0
     return path.to(_size(output), path.at(_size(args[0])).then((1, 1), (-top, -left)))
 
 
 def _after_slicing(path: _Path, args, output: Tensor) -> _Path:
-    input, dim, start, _, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
+    given: list[Any] = [*args, *(0, None, None, 1)[len(args) - 1 :]]
+    input, dim, start, _, step = given
     axis, start = dim % 4 - 2, start or 0
     if axis < 0 or path.size != _size(input):  # another axis, or height and width are not the last
         return path
-    start += input.shape[dim] if start < 0 else 0
     steps, starts = [1, 1], [0, 0]
-    steps[axis], starts[axis] = step, start
-    return path.to(_size(output), path.grid.then(tuple(steps), tuple(starts)))
+    steps[axis], starts[axis] = step, start if start >= 0 else start + input.shape[dim]
+    return path.to(_size(output), path.grid.then(steps, starts))
 
 
 # Operations that change where pixels are. All others hand on the path as it is: element by element, or a new layout.

@@ -79,7 +79,7 @@ def frame_of(metainfo: dict) -> Grid:
     if metainfo.get("flip"):
         raise ValueError("the pipeline flips images; the pictures need one that does not")
     step = 1 / float(scale_y), 1 / float(scale_x)
-    return Grid(step, tuple((0.5 - edge) * s - 0.5 for edge, s in zip((top, left), step, strict=True)))
+    return Grid(step, (-0.5, -0.5)).then((1, 1), (0.5 - top, 0.5 - left))
 
 
 def see(model, data: dict, score_thr: float = 0.3) -> Scene:

@@ -51,7 +51,7 @@ class Table:
     object (COCO's bounds: 32 and 96 pixels of the image, squared) or in none.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.rows: dict[str, dict[str, list[Tensor]]] = {}
 
     def add(self, recording: Recording, boxes: Tensor, scale: tuple[float, float] = (1.0, 1.0), at=lambda y, x: (y, x)):
@@ -63,7 +63,8 @@ class Table:
             scale: pixels of that image for one of what the model got, in y and in x.
             at: from coordinates (y, x) of what the model got to those of that image.
         """
-        for call in (*recording.convolutions, *recording.poolings):
+        calls: list[Convolution | Pooling] = [*recording.convolutions, *recording.poolings]
+        for call in calls:
             row = self.rows.setdefault(call.name or "(the model)", defaultdict(list))
             dy, dx, y, x, counts = call.samples()
             row["reach"].append(torch.hypot(dy, dx).flatten())
@@ -71,7 +72,7 @@ class Table:
             if call.mask is not None:
                 row["mask"].append(call.mask.flatten())
             if isinstance(call, Pooling):
-                step = (1 / call.scale,) * 2
+                step = 1 / call.scale, 1 / call.scale
             elif call.grid is None:
                 continue
             else:
@@ -89,7 +90,7 @@ class Table:
             row[name].append(dilation[..., sizes == index].flatten())
 
     def __str__(self) -> str:
-        lines = [HEADINGS]
+        lines: list[tuple[str, ...]] = [HEADINGS]
         for name, row in self.rows.items():
             values = {key: torch.cat(parts) for key, parts in row.items()}
             cells = [
