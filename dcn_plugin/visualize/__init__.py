@@ -1,7 +1,7 @@
 """What deformable layers do with an image: where they sample, what reaches a feature, how RoI bins move.
 
-:mod:`.recording` watches a model run, :mod:`.points`, :mod:`.receptive_field` and :mod:`.statistics` compute from what
-it saw; they need torch alone. :mod:`.drawing` draws with matplotlib, :mod:`.scene` knows the data of MMEngine's models.
+``recording`` watches a model run, ``points``, ``receptive_field`` and ``statistics`` compute from what
+it saw; they need torch alone. ``drawing`` draws with matplotlib, ``scene`` knows the data of MMEngine's models.
 ``python -m dcn_plugin visualize`` and DeformOffsetVisHook are made of them.
 """
 
