@@ -171,5 +171,6 @@ def _over_checkpoints(args, model, data):
 def _animate(frames, path: Path) -> None:
     from PIL import Image
 
-    first, *others = (Image.fromarray(frame).quantize(256, dither=Image.Dither.NONE) for frame in frames)
+    # Of the palettes, the one that keeps rare colours, such as the position's.
+    first, *others = (Image.fromarray(frame).quantize(256, Image.Quantize.MAXCOVERAGE) for frame in frames)
     first.save(path, save_all=True, append_images=others, duration=120 if len(others) > 15 else 600, loop=0)

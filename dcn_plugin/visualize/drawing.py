@@ -227,8 +227,8 @@ def save(figure: Figure, path, **options) -> None:
 def _panels(scene: Scene, rows: int, columns: int) -> tuple[Figure, np.ndarray]:
     height, width = scene.image.shape[:2]
     panel_w, panel_h = PANEL * width / max(height, width), PANEL * height / max(height, width)
-    size = columns * (panel_w + 0.06), rows * (panel_h + 0.12) + 0.45
-    layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.05, wspace=0.01, hspace=0.01)
+    size = columns * (panel_w + 0.06), rows * (panel_h + 0.06) + 0.5
+    layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.03, wspace=0.01, hspace=0.01)
     figure = Figure(figsize=size, layout=layout)
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False)
