@@ -136,10 +136,18 @@ def main():
     metrics, pictures = test(args.work_dir, args.config, checkpoint, **options)
     sheet = args.work_dir / "detections.jpg"
     contact_sheet(pictures, sheet)
+    points = args.work_dir / "visualized"
+    run(
+        "Drawing where it looks (15 s; python -m dcn_plugin visualize)",
+        *("-m", "dcn_plugin", "visualize", args.config, checkpoint, "data/digits/val/00005.jpg"),
+        *("--what", "points", "--out-dir", points),
+        **options,
+    )
     print(f"\ncheckpoint  {checkpoint}")
     print(f"log         {options['log']}")
     print(f"pictures    {pictures} (truth left, detections right)")
     print(f"a few       {sheet}")
+    print(f"its samples {points / '00005_points.png'}")
     print(f"AP          {metrics['coco/bbox_mAP']:.3f}")
     print(f"AP50        {metrics['coco/bbox_mAP_50']:.3f}")
 
