@@ -30,8 +30,9 @@ inline DeformConv2dShape make_deform_conv2d_shape(Sizes input, Sizes offset, Siz
   check_rank(offset, 4, "offset", "(N, 2 * deform_groups * kh * kw, Ho, Wo)");
   check_rank(weight, 4, "weight", "(Co, C / groups, kh, kw)");
   const auto check_pair = [](Sizes pair, int64_t least, const char* name) {
-    check(pair.size() == 2 && pair[0] >= least && pair[1] >= least, name, " must be two integers of at least ", least,
-          ", got ", pair);
+    constexpr int64_t most = std::numeric_limits<int32_t>::max();  // so products of two fit in 64 bits
+    check(pair.size() == 2 && std::min(pair[0], pair[1]) >= least && std::max(pair[0], pair[1]) <= most, name,
+          " must be two integers of at least ", least, " and less than 2^31, got ", pair);
   };
   check_pair(stride, 1, "stride");
   check_pair(padding, 0, "padding");

@@ -71,8 +71,28 @@ inline std::optional<Tensor> as(const std::optional<Tensor>& t, ScalarType type)
   return t ? std::optional<Tensor>(as(*t, type)) : std::nullopt;
 }
 
+inline double bytes_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+    case ScalarType::Long:
+      return 8;
+    case ScalarType::Half:
+    case ScalarType::BFloat16:
+      return 2;
+    default:
+      return 4;
+  }
+}
+
 inline Tensor empty(const Tensor& like, IntList size, ScalarType type, MemoryFormat format = MemoryFormat::Contiguous) {
-  return torch::stable::empty({size.data(), size.size()}, type, std::nullopt, like.device(), std::nullopt, format);
+  try {
+    return torch::stable::empty({size.data(), size.size()}, type, std::nullopt, like.device(), std::nullopt, format);
+  } catch (const std::exception&) {  // of the ABI, whose only words are "API call failed"
+    double bytes = bytes_of(type);
+    for (const int64_t n : size) bytes *= static_cast<double>(n);
+    check(false, "out of memory: cannot allocate ", bytes / (1 << 30), " GiB, a tensor of shape ", sizes(size));
+    throw;
+  }
 }
 
 inline Tensor zeros(const Tensor& like, IntList size, ScalarType type, MemoryFormat format = MemoryFormat::Contiguous) {

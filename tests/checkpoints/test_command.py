@@ -1,6 +1,8 @@
 """The command itself: what it reads, refuses, says and writes."""
 
 import pickle
+import subprocess
+import sys
 from collections import OrderedDict
 
 import pytest
@@ -260,3 +262,19 @@ def test_checks_the_backbone_of_a_detector(tmp_path):
     assert "config: loads into the backbone; missing 0, unexpected 0" in text
     text = convert(None, tmp_path, state=resnet_18(), prefix="backbone.", config=config)[1]
     assert "config: loads into the model; missing" in text and "unexpected 0" in text and "neck.lateral_convs" in text
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    """A file may not grow past a limit, which is what the system says of a full disk too."""
+    code = f"""
+import resource, signal, sys, torch
+from dcn_plugin.__main__ import main
+torch.save({{"conv.weight": torch.zeros(300_000)}}, {str(tmp_path / "in.pth")!r})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+main(["convert-checkpoint", {str(tmp_path / "in.pth")!r}, {str(tmp_path / "out.pth")!r}, "--format", "mmdet"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and "too large" in done.stderr and "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["in.pth"]

@@ -321,6 +321,7 @@ ERRORS = {
     "stride-three": (_change(), dict(stride=(1, 1, 1)), "stride must be an integer or two integers"),
     "stride-float": (_change(), dict(stride=1.5), "stride must be an integer or two integers"),
     "padding": (_change(), dict(padding=-1), "padding must be two integers of at least 0"),
+    "too-large": (_change(), dict(padding=2**62, dilation=2**62), "padding must be two integers .* less than 2.31"),
     "dilation": (_change(), dict(dilation=(1, 0)), "dilation must be two integers of at least 1"),
     "kernel-too-large": (_change(), dict(dilation=5), r"kernel is larger than the padded input.* \(2, 6, 7, 9\)"),
 }
