@@ -59,7 +59,7 @@ def deform_roi_align(input, rois, offset, mask, output_size, spatial_scale, samp
         """Positions (K, bins, samples) along an axis, which of them are samples (K, 1, samples), and how many."""
         bins, start, length = output_size[1 - which], low[:, which], (high - low)[:, which]
         samples = (length / bins).ceil().clamp_min(0) if not sampling_ratio else torch.full_like(length, sampling_ratio)
-        most = int(samples.max()) if len(samples) else 0
+        most = sampling_ratio or (int(samples.max()) if len(samples) else 0)
         each = torch.arange(most, device=rois.device)
         parts = (torch.arange(bins, device=rois.device)[:, None] * samples[:, None, None] + each) + 0.5
         step = length / (bins * samples).clamp_min(1)

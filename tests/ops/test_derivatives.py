@@ -258,6 +258,17 @@ def test_vmap_over_rois(map_input, dtype, device):
             torch.vmap(both_operators, (0, 1))(input, rois)
 
 
+def test_forward_mode_over_mapped_rois(device):
+    input, rois = torch.randn(2, 3, 6, 7, device=device).double(), torch.stack([ROIS[:3], ROIS[:3] * 1.1])
+    rois[:, :, 0] = ROIS[:3, 0]
+
+    def tangent(rois):
+        return torch.func.jvp(lambda x: deform_roi_align(x, rois, None, 2, 0.125, 2), (input,), (input,))[1]
+
+    rois = rois.to(device)
+    assert_close([torch.vmap(tangent)(rois)], [torch.stack([tangent(one) for one in rois])])
+
+
 def test_vmap_of_vmap(device):
     function, (x, offset, weight, *others) = function_of(CASES["groups"](), device=device)
     inputs, weights = torch.stack([x, x + 1]), torch.stack([weight, weight - 1, weight * 2])
