@@ -4,6 +4,7 @@ BIN := $(VENV)/bin
 CONFIG := configs/digits/fcos_r50-dcnv2-c3-c5_digits.py
 WORK_DIR := work_dirs/digits
 MMCV ?= lite
+MINUTES ?= 10
 CUDA_BUILD := build/cuda
 OUT ?= build/gpu-check
 CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
@@ -11,7 +12,7 @@ CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 export OMP_WAIT_POLICY := passive # with a busy neighbour, threads that spin are up to 30 times slower
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo scaled-digits test lint format docs bench cuda sdist wheel gpu-check clean
+.PHONY: help setup setup-dev demo scaled-digits test fuzz lint format docs bench cuda sdist wheel gpu-check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +31,9 @@ scaled-digits: setup  ## train nothing but offsets, for digits of other sizes (u
 
 test: lint docs  ## check style, types, links, and run the tests (MMCV=full: also those that compare with mmcv's operators)
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+
+fuzz: setup  ## compare random cases with the reference, new ones each time (MINUTES=10)
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
 
 lint: setup-dev  ## check all files; changes nothing
 	$(BIN)/ruff check
