@@ -27,9 +27,30 @@ constexpr int kStripRows = 8;
 // In the gather, a thread takes one vector of a chunk in every 32nd row of a tile.
 constexpr int kGatherRows = kFusedThreads / kChunkVectors;
 
+// Divides non-negative integers by a positive one that is known before the launch.
+class Divisor {
+ public:
+  explicit Divisor(int64_t divisor) : divisor_(static_cast<int>(divisor)) {
+    while (int64_t(1) << shift_ < divisor) ++shift_;
+    magic_ = static_cast<uint32_t>((((uint64_t(1) << shift_) - divisor) << 32) / divisor + 1);
+  }
+  DCN_MEMBER int value() const { return divisor_; }
+  DCN_MEMBER int quotient(int n) const {
+    const uint32_t high = static_cast<uint32_t>(static_cast<uint64_t>(static_cast<uint32_t>(n)) * magic_ >> 32);
+    return static_cast<int>((high + static_cast<uint32_t>(n)) >> shift_);
+  }
+
+ private:
+  uint32_t magic_;
+  int divisor_, shift_ = 0;
+};
+
 // The sizes of the shape that kernels read in inner loops, as 32-bit integers and without divisions.
 struct FusedSizes {
   int rows, channels, taps, group_channels, group_out_channels, deform_group_channels;
+  int64_t map_row;  // elements of the input's
+  int last_strip;
+  Divisor positions, out_width, strip, last_strip_rows, kernel_taps, kernel_w;
 
   explicit FusedSizes(const DeformConv2dShape& s)
       : rows(static_cast<int>(s.batch * s.positions())),
@@ -37,7 +58,15 @@ struct FusedSizes {
         taps(static_cast<int>(s.taps())),
         group_channels(static_cast<int>(s.group_channels())),
         group_out_channels(static_cast<int>(s.group_out_channels())),
-        deform_group_channels(static_cast<int>(s.deform_group_channels())) {}
+        deform_group_channels(static_cast<int>(s.deform_group_channels())),
+        map_row(s.width * s.channels),
+        last_strip(static_cast<int>((s.out_height - 1) / kStripRows)),
+        positions(s.positions()),
+        out_width(s.out_width),
+        strip(std::min<int64_t>(kStripRows, s.out_height) * s.out_width),
+        last_strip_rows((s.out_height - 1) % kStripRows + 1),
+        kernel_taps(s.taps()),
+        kernel_w(s.kernel_w) {}
 
   // The deform groups that a group's channels belong to.
   __host__ __device__ int first_deform_group(int group) const { return group * group_channels / deform_group_channels; }
@@ -66,68 +95,100 @@ struct FusedForwardArgs : FusedArgs<T> {
   T* output;      // (N, Ho, Wo, Co)
 };
 
-// The output position of a row, and its image.
+// The output position of a row of the GEMM, and its image.
 struct PatchPosition {
-  int image, position;
+  int image, row, column, position;  // position counts within the image, in memory order
 };
 
-DCN_DEVICE PatchPosition patch_position(const DeformConv2dShape& s, int row) {
-  const int positions = static_cast<int>(s.positions()), width = static_cast<int>(s.out_width);
-  const int image = row / positions;
-  int rest = row - image * positions;
-  const int strip = rest / (kStripRows * width);
-  rest -= strip * kStripRows * width;
-  const int strip_rows = min(kStripRows, static_cast<int>(s.out_height) - strip * kStripRows);
-  const int column = rest / strip_rows;
-  return {image, (strip * kStripRows + rest - column * strip_rows) * width + column};
+DCN_DEVICE PatchPosition patch_position(const FusedSizes& sizes, int gemm_row) {
+  const int image = sizes.positions.quotient(gemm_row), in_image = gemm_row - image * sizes.positions.value();
+  const int strip = sizes.strip.quotient(in_image), in_strip = in_image - strip * sizes.strip.value();
+  const bool last = strip == sizes.last_strip;
+  const int strip_rows = last ? sizes.last_strip_rows.value() : kStripRows;
+  const int column = last ? sizes.last_strip_rows.quotient(in_strip) : in_strip / kStripRows;
+  const int row = strip * kStripRows + in_strip - column * strip_rows;
+  return {image, row, column, row * sizes.out_width.value() + column};
 }
 
 // A row's index among all images' output positions, in memory order.
-DCN_DEVICE int output_index(const DeformConv2dShape& s, int row) {
-  const PatchPosition at = patch_position(s, row);
-  return at.image * static_cast<int>(s.positions()) + at.position;
+DCN_DEVICE int output_index(const FusedSizes& sizes, int row) {
+  const PatchPosition at = patch_position(sizes, row);
+  return at.image * sizes.positions.value() + at.position;
 }
 
 // index[row - first_row], -1 past the last row.
 template <int tile_rows>
-DCN_DEVICE void fill_index(const DeformConv2dShape& s, int rows, int first_row, int32_t* index) {
+DCN_DEVICE void fill_index(const FusedSizes& sizes, int first_row, int32_t* index) {
   for (int i = threadIdx.x; i < tile_rows; i += kFusedThreads)
-    index[i] = first_row + i < rows ? output_index(s, first_row + i) : -1;
+    index[i] = first_row + i < sizes.rows ? output_index(sizes, first_row + i) : -1;
 }
 
 // ---- The table of samples
 
-// A sample: its four pixels (index among all images' pixels, -1 outside the map) and their bilinear weights, multiplied
-// by the mask.
-struct TableEntry {
-  Vec<int32_t, 4> pixel;
-  Vec<float, 4> weight;
+// A sample, in 16 bytes. Its corners are top left, top right, bottom left, bottom right.
+struct alignas(16) TableEntry {
+  static constexpr int64_t kMostPixels = int64_t(1) << 27;  // of all images
+
+  int32_t place;      // 16 * index of the top left corner among all images' pixels + a bit for each corner in the map
+  float top, bottom;  // weights of the upper and lower corners, multiplied by the mask
+  float right;        // weight of the right corners; the left ones have 1 - right
+
+  __device__ int pixel() const { return place >> 4; }  // counts from the map's first even where it is outside
+  __device__ bool inside(int corner) const { return place >> corner & 1; }
+  __device__ Vec<float, 4> weights() const {
+    const float left = 1.f - right;
+    return {{top * left, top * right, bottom * left, bottom * right}};
+  }
 };
 
 template <class T>
-DCN_DEVICE TableEntry make_entry(const FusedArgs<T>& args, int row, int deform_tap) {
-  const DeformConv2dShape& s = args.shape;
-  const PatchPosition at = patch_position(s, row);
-  const Tap<float> tap = locate_tap(s, args.offset, args.mask, at.image, at.position, deform_tap);
-  const int32_t image = at.image * static_cast<int32_t>(s.height * s.width);
-  TableEntry entry;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    entry.pixel.lane[i] = tap.pixel[i] < 0 ? -1 : image + tap.pixel[i];
-    entry.weight.lane[i] = tap.weight[i] * tap.mask;
-  }
-  return entry;
+DCN_DEVICE TapAxes<float> locate_axes(const FusedArgs<T>& args, const PatchPosition& at, int deform_tap,
+                                      const Shift<T>& shift) {
+  const FusedSizes& sizes = args.sizes;
+  const int tap = deform_tap - sizes.kernel_taps.quotient(deform_tap) * sizes.taps,
+            tap_row = sizes.kernel_w.quotient(tap), tap_column = tap - tap_row * sizes.kernel_w.value();
+  return locate_axes(args.shape, shift, at.row, at.column, tap_row, tap_column);
 }
 
-DCN_DEVICE TableEntry no_entry() { return {{{-1, -1, -1, -1}}, {}}; }
+template <class T>
+DCN_DEVICE TableEntry make_entry(const FusedArgs<T>& args, const PatchPosition& at, int deform_tap,
+                                 const Shift<T>& shift) {
+  const DeformConv2dShape& s = args.shape;
+  const auto [y, x] = locate_axes(args, at, deform_tap, shift);
+  const int32_t width = static_cast<int32_t>(s.width);
+  const Sample<float> sample = make_sample(y, x, width);
+  const int32_t pixel = at.image * static_cast<int32_t>(s.height * s.width) + y.low * width + x.low;
+  int32_t inside = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) inside |= (sample.pixel[i] >= 0) << i;
+  const float mask = to_accum(shift.mask), bottom = y.frac * mask;
+  return {pixel * 16 + inside, (1.f - y.frac) * mask, bottom, x.frac};
+}
+
+DCN_DEVICE TableEntry no_entry() { return {}; }
 
 // table[deform_tap - first_deform_tap][row - first_row]
 template <int tile_rows, class T>
 DCN_DEVICE void fill_table(const FusedArgs<T>& args, int first_row, int first_deform_tap, int deform_taps,
                            TableEntry* table) {
-  for (int i = threadIdx.x; i < deform_taps * tile_rows; i += kFusedThreads) {
-    const int row = first_row + i % tile_rows;
-    table[i] = row < args.sizes.rows ? make_entry(args, row, first_deform_tap + i / tile_rows) : no_entry();
+  // A thread's entries have one row. Their offsets and masks are loaded together: five are all entries of 3x3 taps and
+  // 128 rows.
+  static_assert(kFusedThreads % tile_rows == 0);
+  constexpr int kTogether = 5, kStep = kFusedThreads / tile_rows;
+  const int row = first_row + threadIdx.x % tile_rows;
+  const bool valid = row < args.sizes.rows;
+  const PatchPosition at = patch_position(args.sizes, valid ? row : 0);
+  for (int first = threadIdx.x / tile_rows; first < deform_taps; first += kTogether * kStep) {
+    Shift<T> shift[kTogether] = {};
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i)
+      if (first + i * kStep < deform_taps)
+        shift[i] = load_shift(args.offset, args.mask, at.image, at.position, first_deform_tap + first + i * kStep);
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i)
+      if (const int deform_tap = first + i * kStep; deform_tap < deform_taps)
+        table[deform_tap * tile_rows + threadIdx.x % tile_rows] =
+            valid ? make_entry(args, at, first_deform_tap + deform_tap, shift[i]) : no_entry();
   }
 }
 
@@ -184,22 +245,29 @@ class DepthCursor {
 template <class T>
 using Corners = Vec<Vec<T, kVector<T>>, 4>;
 
+// The first of a corner's channels; `map` points at the same channel of the map's first pixel.
+template <class U>
+DCN_DEVICE U* corner_of(const TableEntry& entry, int corner, U* map, const FusedSizes& sizes) {
+  return map + static_cast<int64_t>(entry.pixel()) * sizes.channels + corner / 2 * sizes.map_row +
+         corner % 2 * sizes.channels;
+}
+
 // `map` points at the vector's first channel.
 template <class T>
-DCN_DEVICE Corners<T> load_corners(const Vec<int32_t, 4>& pixel, const T* map, int channels) {
+DCN_DEVICE Corners<T> load_corners(const TableEntry& entry, const T* map, const FusedSizes& sizes) {
   Corners<T> corners;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     uint4 bits = make_uint4(0, 0, 0, 0);
-    if (pixel.lane[i] >= 0)
-      bits = __ldg(reinterpret_cast<const uint4*>(map + static_cast<int64_t>(pixel.lane[i]) * channels));
+    if (entry.inside(i)) bits = __ldg(reinterpret_cast<const uint4*>(corner_of(entry, i, map, sizes)));
     memcpy(&corners.lane[i], &bits, sizeof bits);
   }
   return corners;
 }
 
 template <class T>
-DCN_DEVICE Vec<float, kVector<T>> interpolate(const Corners<T>& corners, const Vec<float, 4>& weight) {
+DCN_DEVICE Vec<float, kVector<T>> interpolate(const Corners<T>& corners, const TableEntry& entry) {
+  const Vec<float, 4> weight = entry.weights();
   Vec<float, kVector<T>> sum = {};
 #pragma unroll
   for (int i = 0; i < 4; ++i)

@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks) fused_backward_d
   TableEntry* const table = shared_array<TableEntry>(memory, layout.table);
   float* const dots = shared_array<float>(memory, layout.dots);
 
-  fill_index<Tile::kRows>(args.shape, sizes.rows, first_row, index);
+  fill_index<Tile::kRows>(sizes, first_row, index);
   fill_table<Tile::kRows>(args, first_row, 0, deform_taps, table);
   for (int i = threadIdx.x; i < 4 * deform_taps * Tile::kRows; i += kFusedThreads) dots[i] = 0.f;
   __syncthreads();
@@ -95,10 +95,10 @@ __global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks) fused_backward_d
       for (int row = thread_row; row < Tile::kRows; row += kGatherRows) {
         const int at = deform_tap < 0 ? -1 : deform_tap * Tile::kRows + row;
         const TableEntry entry = at < 0 ? no_entry() : table[at];
-        const auto corners = load_corners(entry.pixel, map, sizes.channels);
+        const auto corners = load_corners(entry, map, sizes);
         float dot[4] = {};
         const auto grad = load_eight(products + row * Layout::kStride + vector * kVector<T>);
-        scatter(entry, corners, grad, grad_map, sizes.channels, dot);
+        scatter(entry, corners, grad, grad_map, sizes, dot);
         add_dots(dots, at, same_entry, dot);
       }
     }

@@ -93,12 +93,25 @@ __global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks)
   __syncthreads();
 
   const int first_row = blockIdx.z * args.part_rows, end = min(sizes.rows, first_row + args.part_rows);
-  const auto fill = [&](int stage, int row) {
-    for (int i = threadIdx.x; i < kWeightRows; i += kFusedThreads)
-      index(stage)[i] = row + i < end ? output_index(args.shape, row + i) : -1;
-    for (int i = threadIdx.x; i < entries * kWeightRows; i += kFusedThreads) {
-      const int at = row + i % kWeightRows, deform_tap = entry_deform_tap[i / kWeightRows];
-      table(stage)[i] = at < end && deform_tap >= 0 ? make_entry(args, at, deform_tap) : no_entry();
+  // Index and table of the rows from `row` on. A thread's entries of the table have one row; the offset and mask of the
+  // first are loaded long before `fill` uses them.
+  static_assert(kFusedThreads % kWeightRows == 0);
+  const int fill_row = threadIdx.x % kWeightRows, first_entry = threadIdx.x / kWeightRows;
+  const auto load_entry = [&](int i, int row) -> Shift<T> {
+    const int deform_tap = i < entries ? entry_deform_tap[i] : -1;
+    if (deform_tap < 0 || row + fill_row >= end) return {};
+    const PatchPosition at = patch_position(sizes, row + fill_row);
+    return load_shift(args.offset, args.mask, at.image, at.position, deform_tap);
+  };
+  const auto fill = [&](int stage, int row, Shift<T> shift) {
+    const bool valid = row + fill_row < end;
+    const PatchPosition at = patch_position(sizes, valid ? row + fill_row : 0);
+    if (first_entry == 0) index(stage)[fill_row] = valid ? at.image * sizes.positions.value() + at.position : -1;
+    for (int i = first_entry; i < entries; i += kFusedThreads / kWeightRows) {
+      if (i != first_entry) shift = load_entry(i, row);
+      const int deform_tap = entry_deform_tap[i];
+      table(stage)[i * kWeightRows + fill_row] =
+          valid && deform_tap >= 0 ? make_entry(args, at, deform_tap, shift) : no_entry();
     }
   };
   const auto load_grad_output = [&](int stage) {
@@ -123,25 +136,26 @@ __global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks)
   };
   const auto fetch = [&](int item, int stage) {
     const int channel = vector_channel[item % 2 * kChunkVectors + vector];
-    return load_corners(entry_of(item, stage).pixel, args.input + channel, sizes.channels);
+    return load_corners(entry_of(item, stage), args.input + channel, sizes);
   };
   const auto put = [&](int item, int stage, const Corners<T>& corners) {
     store_rounded(columns(stage).at(item / 2 * kGatherRows + thread_row, item % 2 * kChunkVectors + vector),
-                  interpolate(corners, entry_of(item, stage).weight));
+                  interpolate(corners, entry_of(item, stage)));
   };
 
-  fill(0, first_row);
+  fill(0, first_row, load_entry(first_entry, first_row));
   __syncthreads();
   load_grad_output(0);
 #pragma unroll 1
   for (int item = 0; item < kItems; ++item) put(item, 0, fetch(item, 0));
-  fill(1, first_row + kWeightRows);
+  fill(1, first_row + kWeightRows, load_entry(first_entry, first_row + kWeightRows));
   cp_async_wait<0>();
   __syncthreads();
 
   typename Tile::Sum sum = {};
   int stage = 0;
   for (int row = first_row; row < end; row += kWeightRows, stage ^= 1) {
+    const Shift<T> shift = load_entry(first_entry, row + 2 * kWeightRows);
     load_grad_output(stage ^ 1);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
@@ -149,8 +163,9 @@ __global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks)
       multiply_step<true, true>(sum, grad_output(stage), columns(stage), Tile::warp_row(), Tile::warp_column(),
                                 16 * step, 16 * step, [] {});
       put(step, stage ^ 1, corners);
+      if (step == kSteps / 2)
+        fill(stage, row + 2 * kWeightRows, shift);  // no one reads this stage's before the barrier
     }
-    fill(stage, row + 2 * kWeightRows);
     cp_async_wait<0>();
     __syncthreads();
   }

@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kFusedThreads, 2) depthwise_forward_kernel(Fus
   int32_t* const index = shared_array<int32_t>(memory, layout.index);
   TableEntry* const table = shared_array<TableEntry>(memory, layout.table);
   float* const weights = shared_array<float>(memory, layout.weights);
-  fill_index<kDepthwiseRows>(args.shape, sizes.rows, first_row, index);
+  fill_index<kDepthwiseRows>(sizes, first_row, index);
   fill_table<kDepthwiseRows>(args, first_row, 0, deform_taps, table);
 
   const int vector = threadIdx.x % kChunkVectors, thread_row = threadIdx.x / kChunkVectors;
@@ -65,8 +65,8 @@ __global__ void __launch_bounds__(kFusedThreads, 2) depthwise_forward_kernel(Fus
       const auto weight = load_eight(weights + tap * kSlabChannels + vector * kVector<T>);
 #pragma unroll
       for (int item = 0; item < kDepthwiseItems; ++item) {
-        const TableEntry& entry = entries[item * kGatherRows];
-        const auto value = interpolate(load_corners(entry.pixel, args.input + channel, sizes.channels), entry.weight);
+        const TableEntry entry = entries[item * kGatherRows];
+        const auto value = interpolate(load_corners(entry, args.input + channel, sizes), entry);
 #pragma unroll
         for (int v = 0; v < kVector<T>; ++v) sum[item].lane[v] += weight.lane[v] * value.lane[v];
       }
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kFusedThreads, 2) depthwise_backward_kernel(Fu
   float* const weights = shared_array<float>(memory, layout.weights);
   float* const dots = shared_array<float>(memory, layout.dots);
   float* const partials = shared_array<float>(memory, layout.partials);
-  fill_index<kDepthwiseRows>(args.shape, sizes.rows, first_row, index);
+  fill_index<kDepthwiseRows>(sizes, first_row, index);
   fill_table<kDepthwiseRows>(args, first_row, 0, deform_taps, table);
   for (int i = threadIdx.x; i < 4 * deform_taps * kDepthwiseRows; i += kFusedThreads) dots[i] = 0.f;
 
@@ -125,8 +125,8 @@ __global__ void __launch_bounds__(kFusedThreads, 2) depthwise_backward_kernel(Fu
       for (int item = 0; item < kDepthwiseItems; ++item) {
         const int at = valid ? (first_deform_tap + tap) * kDepthwiseRows + item * kGatherRows + thread_row : -1;
         const TableEntry entry = at < 0 ? no_entry() : table[at];
-        const auto corners = load_corners(entry.pixel, args.input + (valid ? channel : 0), sizes.channels);
-        const auto value = interpolate(corners, entry.weight);
+        const auto corners = load_corners(entry, args.input + (valid ? channel : 0), sizes);
+        const auto value = interpolate(corners, entry);
         Vec<float, kVector<T>> grad;
 #pragma unroll
         for (int v = 0; v < kVector<T>; ++v) {
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kFusedThreads, 2) depthwise_backward_kernel(Fu
           grad_weight.lane[v] += g * value.lane[v];
         }
         float dot[4] = {};
-        scatter(entry, corners, grad, args.grad_input ? args.grad_input + channel : nullptr, sizes.channels, dot);
+        scatter(entry, corners, grad, args.grad_input ? args.grad_input + channel : nullptr, sizes, dot);
         add_dots(dots, at, same_entry, dot);
       }
       if (!sums) continue;

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks) fused_forward_ke
     return {shared_array<T>(memory, layout.weights) + stage * Layout::kWeightsSize};
   };
 
-  fill_index<Tile::kRows>(s, sizes.rows, first_row, index);
+  fill_index<Tile::kRows>(sizes, first_row, index);
   fill_table<Tile::kRows>(args, first_row, first_deform_group * sizes.taps, deform_taps, table);
   __syncthreads();
 
@@ -92,11 +92,11 @@ __global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks) fused_forward_ke
     return {deform_tap * Tile::kRows + thread_row, args.input + channel};
   };
   const auto fetch = [&](const Source& from, int row) {
-    return load_corners(from.entry < 0 ? no_entry().pixel : table[from.entry + row].pixel, from.map, sizes.channels);
+    return load_corners(from.entry < 0 ? no_entry() : table[from.entry + row], from.map, sizes);
   };
   const auto put = [&](const Source& from, int stage, int row, const Corners<T>& corners) {
-    const Vec<float, 4> weight = from.entry < 0 ? no_entry().weight : table[from.entry + row].weight;
-    store_rounded(columns(stage).at(row + thread_row, vector), interpolate(corners, weight));
+    const TableEntry entry = from.entry < 0 ? no_entry() : table[from.entry + row];
+    store_rounded(columns(stage).at(row + thread_row, vector), interpolate(corners, entry));
   };
 
   Source from = source();

@@ -22,7 +22,8 @@ inline bool sizes_supported(const DeformConv2dShape& s, int64_t vector) {
   constexpr int64_t kMost = (int64_t(1) << 31) - 1024;
   const bool vectors = s.deform_group_channels() % vector == 0 &&
                        (is_depthwise(s) || (s.group_channels() % vector == 0 && s.group_out_channels() % vector == 0));
-  return vectors && rows_of(s) < kMost && s.batch * s.height * s.width < kMost && s.taps() * s.channels < kMost;
+  return vectors && rows_of(s) < kMost && s.batch * s.height * s.width < TableEntry::kMostPixels &&
+         s.taps() * s.channels < kMost;
 }
 
 template <class Body>

@@ -16,16 +16,17 @@ struct FusedBackwardArgs : FusedArgs<T> {
 // Adds weight * grad to grad_input at each of a sample's corners, and each corner's dot product with grad to dot.
 template <class T>
 DCN_DEVICE void scatter(const TableEntry& entry, const Corners<T>& corners, const Vec<float, kVector<T>>& grad,
-                        float* grad_map, int channels, float (&dot)[4]) {
+                        float* grad_map, const FusedSizes& sizes, float (&dot)[4]) {
+  const Vec<float, 4> weight = entry.weights();
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
 #pragma unroll
     for (int v = 0; v < kVector<T>; ++v) dot[i] += grad.lane[v] * to_accum(corners.lane[i].lane[v]);
-    if (!grad_map || entry.pixel.lane[i] < 0) continue;
+    if (!grad_map || !entry.inside(i)) continue;
     Vec<float, kVector<T>> contribution;
 #pragma unroll
-    for (int v = 0; v < kVector<T>; ++v) contribution.lane[v] = entry.weight.lane[i] * grad.lane[v];
-    atomic_add(grad_map + static_cast<int64_t>(entry.pixel.lane[i]) * channels, contribution);
+    for (int v = 0; v < kVector<T>; ++v) contribution.lane[v] = weight.lane[i] * grad.lane[v];
+    atomic_add(corner_of(entry, i, grad_map, sizes), contribution);
   }
 }
 
@@ -64,8 +65,12 @@ DCN_DEVICE void store_sampling_gradients(const FusedBackwardArgs<T>& args, int f
   for (int i = threadIdx.x; i < deform_taps * tile_rows; i += kFusedThreads) {
     const int row = first_row + i % tile_rows, deform_tap = i / tile_rows;
     if (row >= args.sizes.rows) continue;
-    const PatchPosition at = patch_position(args.shape, row);
-    const Tap<float> tap = locate_tap(args.shape, args.offset, args.mask, at.image, at.position, deform_tap);
+    const PatchPosition at = patch_position(args.sizes, row);
+    const Shift<T> shift = load_shift(args.offset, args.mask, at.image, at.position, deform_tap);
+    const auto [y, x] = locate_axes(args, at, deform_tap, shift);
+    Tap<float> tap;
+    static_cast<Sample<float>&>(tap) = make_sample(y, x, static_cast<int32_t>(args.shape.width));
+    tap.mask = to_accum(shift.mask);
     const auto dot = load<4>(dots + 4 * i);
     store_sampling_gradient(args.grad_offset, args.grad_mask, tap, dot.lane, at.image, at.position, deform_tap);
   }

@@ -23,23 +23,49 @@ struct Tap : Sample<A> {
   A mask;
 };
 
+// What offset and mask say of a tap.
+template <class T>
+struct Shift {
+  T y, x, mask;
+};
+
 // A deform tap is a tap of a deform group, numbered deform_group * taps + tap: the order of mask's channels, and of the
 // (y, x) pairs of offset's.
 template <class T>
+DCN_DEVICE Shift<T> load_shift(const Planes<const T>& offset, const Planes<const T>& mask, int64_t image,
+                               int64_t position, int deform_tap) {
+  const T* const at = offset.at(image, 2 * static_cast<int64_t>(deform_tap), position);
+  return {at[0], at[offset.channel], mask.data ? *mask.at(image, deform_tap, position) : round_to<T>(Accum<T>(1))};
+}
+
+template <class A>
+struct TapAxes {
+  AxisSample<A> y, x;
+};
+
+// `row` and `column` are the output position's, `tap_row` and `tap_column` the tap's.
+template <class T, class Index>
+DCN_DEVICE TapAxes<Accum<T>> locate_axes(const DeformConv2dShape& s, const Shift<T>& shift, Index row, Index column,
+                                         int tap_row, int tap_column) {
+  const auto center = [](Index position, int tap, int64_t stride, int64_t pad, int64_t dilation) {
+    return static_cast<Accum<T>>(position * static_cast<Index>(stride) - static_cast<Index>(pad) +
+                                 tap * static_cast<Index>(dilation));
+  };
+  const Accum<T> y = center(row, tap_row, s.stride_h, s.pad_h, s.dilation_h) + to_accum(shift.y);
+  const Accum<T> x = center(column, tap_column, s.stride_w, s.pad_w, s.dilation_w) + to_accum(shift.x);
+  return {locate_zero_padded(y, static_cast<int32_t>(s.height)), locate_zero_padded(x, static_cast<int32_t>(s.width))};
+}
+
+template <class T>
 DCN_DEVICE Tap<Accum<T>> locate_tap(const DeformConv2dShape& s, const Planes<const T>& offset,
                                     const Planes<const T>& mask, int64_t image, int64_t position, int deform_tap) {
-  using A = Accum<T>;
   const int tap = deform_tap % static_cast<int>(s.taps()), kernel_w = static_cast<int>(s.kernel_w);
   const int64_t row = position / s.out_width, column = position - row * s.out_width;
-  const T* const shift = offset.at(image, 2 * static_cast<int64_t>(deform_tap), position);
-  const A y = static_cast<A>(row * s.stride_h - s.pad_h + tap / kernel_w * s.dilation_h) + to_accum(shift[0]);
-  const A x =
-      static_cast<A>(column * s.stride_w - s.pad_w + tap % kernel_w * s.dilation_w) + to_accum(shift[offset.channel]);
-  Tap<A> at;
-  static_cast<Sample<A>&>(at) =
-      make_sample(locate_zero_padded(y, static_cast<int32_t>(s.height)),
-                  locate_zero_padded(x, static_cast<int32_t>(s.width)), static_cast<int32_t>(s.width));
-  at.mask = mask.data ? to_accum(*mask.at(image, deform_tap, position)) : A(1);
+  const Shift<T> shift = load_shift(offset, mask, image, position, deform_tap);
+  const auto axes = locate_axes(s, shift, row, column, tap / kernel_w, tap % kernel_w);
+  Tap<Accum<T>> at;
+  static_cast<Sample<Accum<T>>&>(at) = make_sample(axes.y, axes.x, static_cast<int32_t>(s.width));
+  at.mask = to_accum(shift.mask);
   return at;
 }
 
