@@ -172,13 +172,15 @@ def main_loop(kernel, matrix_trips):
     def matrix(loop):
         return sum(x.name in MATRIX for x in kernel.instructions[loop[0] : loop[1] + 1])
 
-    first, last = max(found, key=lambda loop: (matrix(loop), loop[0] - loop[1]))
+    # Of loops with the same matrix instructions, one of constant length is a part of an iteration.
+    constant = {loop: trips(kernel.instructions, *loop) for loop in found}
+    first, last = max(found, key=lambda loop: (matrix(loop), constant[loop] is None, loop[0] - loop[1]))
     if not matrix((first, last)):
         return None
     times, known, matrix_known = [1] * (last + 1 - first), True, True
     for begin, end in found:
         if first <= begin and end <= last and (begin, end) != (first, last):
-            count = trips(kernel.instructions, begin, end) or (matrix_trips if matrix((begin, end)) else None)
+            count = constant[begin, end] or (matrix_trips if matrix((begin, end)) else None)
             known = known and count is not None
             matrix_known = matrix_known and (count is not None or not matrix((begin, end)))
             for i in range(begin, end + 1):

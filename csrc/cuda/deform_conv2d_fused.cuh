@@ -47,10 +47,10 @@ class Divisor {
 
 // The sizes of the shape that kernels read in inner loops, as 32-bit integers and without divisions.
 struct FusedSizes {
-  int rows, channels, taps, group_channels, group_out_channels, deform_group_channels;
+  int rows, channels, taps, group_channels, group_out_channels;
   int64_t map_row;  // elements of the input's
   int last_strip;
-  Divisor positions, out_width, strip, last_strip_rows, kernel_taps, kernel_w;
+  Divisor positions, out_width, strip, last_strip_rows, kernel_taps, kernel_w, deform_group_width;
 
   explicit FusedSizes(const DeformConv2dShape& s)
       : rows(static_cast<int>(s.batch * s.positions())),
@@ -58,7 +58,6 @@ struct FusedSizes {
         taps(static_cast<int>(s.taps())),
         group_channels(static_cast<int>(s.group_channels())),
         group_out_channels(static_cast<int>(s.group_out_channels())),
-        deform_group_channels(static_cast<int>(s.deform_group_channels())),
         map_row(s.width * s.channels),
         last_strip(static_cast<int>((s.out_height - 1) / kStripRows)),
         positions(s.positions()),
@@ -66,12 +65,14 @@ struct FusedSizes {
         strip(std::min<int64_t>(kStripRows, s.out_height) * s.out_width),
         last_strip_rows((s.out_height - 1) % kStripRows + 1),
         kernel_taps(s.taps()),
-        kernel_w(s.kernel_w) {}
+        kernel_w(s.kernel_w),
+        deform_group_width(s.deform_group_channels()) {}
 
+  __host__ __device__ int deform_group(int channel) const { return deform_group_width.quotient(channel); }
   // The deform groups that a group's channels belong to.
-  __host__ __device__ int first_deform_group(int group) const { return group * group_channels / deform_group_channels; }
+  __host__ __device__ int first_deform_group(int group) const { return deform_group(group * group_channels); }
   __host__ __device__ int deform_groups(int group) const {
-    return (group * group_channels + group_channels - 1) / deform_group_channels - first_deform_group(group) + 1;
+    return deform_group(group * group_channels + group_channels - 1) - first_deform_group(group) + 1;
   }
   // Chunks of a group's K; `chunk` is kChunk<T>.
   __host__ __device__ int chunks(int chunk) const {
@@ -248,8 +249,12 @@ using Corners = Vec<Vec<T, kVector<T>>, 4>;
 // The first of a corner's channels; `map` points at the same channel of the map's first pixel.
 template <class U>
 DCN_DEVICE U* corner_of(const TableEntry& entry, int corner, U* map, const FusedSizes& sizes) {
-  return map + static_cast<int64_t>(entry.pixel()) * sizes.channels + corner / 2 * sizes.map_row +
-         corner % 2 * sizes.channels;
+  using Byte = std::conditional_t<std::is_const_v<U>, const char, char>;
+  const int pixel_bytes = sizes.channels * static_cast<int>(sizeof(U));
+  Byte* at = reinterpret_cast<Byte*>(map) + static_cast<int64_t>(entry.pixel()) * pixel_bytes;
+  if (corner % 2) at += pixel_bytes;
+  if (corner / 2) at += sizes.map_row * static_cast<int64_t>(sizeof(U));
+  return reinterpret_cast<U*>(at);
 }
 
 // `map` points at the vector's first channel.
@@ -265,14 +270,34 @@ DCN_DEVICE Corners<T> load_corners(const TableEntry& entry, const T* map, const 
   return corners;
 }
 
+template <class T, int N>
+DCN_DEVICE Vec<float, N> widen(const Vec<T, N>& x) {
+  Vec<float, N> y;
+  if constexpr (std::is_same_v<T, bfloat16_t>) {  // its bits are a float's upper half
+    uint32_t pairs[N / 2];
+    memcpy(pairs, &x, sizeof pairs);
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) {
+      y.lane[2 * i] = __uint_as_float(pairs[i] << 16);
+      y.lane[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) y.lane[i] = to_accum(x.lane[i]);
+  }
+  return y;
+}
+
 template <class T>
 DCN_DEVICE Vec<float, kVector<T>> interpolate(const Corners<T>& corners, const TableEntry& entry) {
   const Vec<float, 4> weight = entry.weights();
   Vec<float, kVector<T>> sum = {};
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
+  for (int i = 0; i < 4; ++i) {
+    const auto value = widen(corners.lane[i]);
 #pragma unroll
-    for (int v = 0; v < kVector<T>; ++v) sum.lane[v] += weight.lane[i] * to_accum(corners.lane[i].lane[v]);
+    for (int v = 0; v < kVector<T>; ++v) sum.lane[v] += weight.lane[i] * value.lane[v];
+  }
   return sum;
 }
 

@@ -35,6 +35,8 @@ __global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks) fused_backward_d
   const Layout layout(sizes.group_out_channels, deform_taps);
   const Panels<T, Tile::kRows> grad_output{shared_array<T>(memory, layout.grad_output)};
   const Panels<T, 0> weights{shared_array<T>(memory, layout.weights)};  // (output channels, chunk): one panel
+  const Operand<true, false, Tile::kWarpRows / 16, T, Tile::kRows> operand_a(Tile::warp_row());
+  const Operand<false, true, Tile::kWarpColumns / 16, T, 0> operand_b(Tile::warp_column());
   float* const products = shared_array<float>(memory, layout.products);
   int32_t* const index = shared_array<int32_t>(memory, layout.index);
   TableEntry* const table = shared_array<TableEntry>(memory, layout.table);
@@ -72,8 +74,7 @@ __global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks) fused_backward_d
       __syncthreads();
       typename Tile::Sum sum = {};
       for (int depth = 0; depth < padded_out_channels; depth += 16)
-        multiply_step<false, true>(sum, grad_output, weights, Tile::warp_row(), Tile::warp_column(), depth / kVector<T>,
-                                   depth, [] {});
+        multiply_step(sum, grad_output, weights, operand_a, operand_b, depth / kVector<T>, depth);
       for_each_pair(sum, Tile::warp_row(), Tile::warp_column(), [&](int row, int column, float low, float high) {
         store(products + row * Layout::kStride + column, Vec<float, 2>{{low, high}});
       });
@@ -86,9 +87,9 @@ __global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks) fused_backward_d
 
       const int channel = group * sizes.group_channels + current.channel(),
                 slab = group * sizes.group_channels + current.slab();
-      const int deform_tap = current.valid() ? channel / sizes.deform_group_channels * sizes.taps + current.tap() : -1;
-      const bool same_entry = current.chunk_has_one_tap() && slab / sizes.deform_group_channels ==
-                                                                 (slab + kChunk<T> - 1) / sizes.deform_group_channels;
+      const int deform_tap = current.valid() ? sizes.deform_group(channel) * sizes.taps + current.tap() : -1;
+      const bool same_entry =
+          current.chunk_has_one_tap() && sizes.deform_group(slab) == sizes.deform_group(slab + kChunk<T> - 1);
       const T* const map = args.input + channel;
       float* const grad_map = args.grad_input ? args.grad_input + channel : nullptr;
 #pragma unroll 2

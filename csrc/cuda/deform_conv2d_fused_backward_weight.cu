@@ -72,8 +72,7 @@ __global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks)
     const DepthCursor<T> cursor(sizes, threadIdx.x % kChunkVectors,
                                 blockIdx.x * kWeightPanels + threadIdx.x / kChunkVectors);
     const int channel = group * sizes.group_channels + cursor.channel();
-    vector_deform_tap[threadIdx.x] =
-        cursor.valid() ? channel / sizes.deform_group_channels * sizes.taps + cursor.tap() : -1;
+    vector_deform_tap[threadIdx.x] = cursor.valid() ? sizes.deform_group(channel) * sizes.taps + cursor.tap() : -1;
     vector_depth[threadIdx.x] = cursor.valid() ? cursor.depth() : -1;
     vector_channel[threadIdx.x] = cursor.valid() ? channel : 0;
   }
@@ -149,22 +148,23 @@ __global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks)
 #pragma unroll 1
   for (int item = 0; item < kItems; ++item) put(item, 0, fetch(item, 0));
   fill(1, first_row + kWeightRows, load_entry(first_entry, first_row + kWeightRows));
+  Shift<T> next_shift = load_entry(first_entry, first_row + 2 * kWeightRows);
   cp_async_wait<0>();
   __syncthreads();
 
+  const Operand<true, true, Tile::kWarpRows / 16, T, kWeightRows> operand_a(Tile::warp_row());
+  const Operand<false, true, Tile::kWarpColumns / 16, T, kWeightRows> operand_b(Tile::warp_column());
   typename Tile::Sum sum = {};
   int stage = 0;
   for (int row = first_row; row < end; row += kWeightRows, stage ^= 1) {
-    const Shift<T> shift = load_entry(first_entry, row + 2 * kWeightRows);
     load_grad_output(stage ^ 1);
-#pragma unroll
+    fill(stage, row + 2 * kWeightRows, next_shift);  // no one reads this stage's before the barrier
+    next_shift = load_entry(first_entry, row + 3 * kWeightRows);
+#pragma unroll 1  // unrolled, the assembler would move all of the gather before the product
     for (int step = 0; step < kSteps; ++step) {
       const Corners<T> corners = fetch(step, stage ^ 1);
-      multiply_step<true, true>(sum, grad_output(stage), columns(stage), Tile::warp_row(), Tile::warp_column(),
-                                16 * step, 16 * step, [] {});
+      multiply_step(sum, grad_output(stage), columns(stage), operand_a, operand_b, 16 * step, 16 * step);
       put(step, stage ^ 1, corners);
-      if (step == kSteps / 2)
-        fill(stage, row + 2 * kWeightRows, shift);  // no one reads this stage's before the barrier
     }
     cp_async_wait<0>();
     __syncthreads();

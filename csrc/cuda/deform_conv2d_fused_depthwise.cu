@@ -58,8 +58,7 @@ __global__ void __launch_bounds__(kFusedThreads, 2) depthwise_forward_kernel(Fus
     __syncthreads();
     const int channel = slab + vector * kVector<T>;
     if (channel >= sizes.channels) continue;
-    const TableEntry* entries =
-        table + channel / sizes.deform_group_channels * sizes.taps * kDepthwiseRows + thread_row;
+    const TableEntry* entries = table + sizes.deform_group(channel) * sizes.taps * kDepthwiseRows + thread_row;
     Vec<float, kVector<T>> sum[kDepthwiseItems] = {};
     for (int tap = 0; tap < sizes.taps; ++tap, entries += kDepthwiseRows) {
       const auto weight = load_eight(weights + tap * kSlabChannels + vector * kVector<T>);
@@ -108,9 +107,8 @@ __global__ void __launch_bounds__(kFusedThreads, 2) depthwise_backward_kernel(Fu
     __syncthreads();
     const int channel = slab + vector * kVector<T>, last = slab + kSlabChannels - 1;
     const bool valid = channel < sizes.channels;
-    const bool same_entry =
-        last < sizes.channels && slab / sizes.deform_group_channels == last / sizes.deform_group_channels;
-    const int first_deform_tap = channel / sizes.deform_group_channels * sizes.taps;
+    const bool same_entry = last < sizes.channels && sizes.deform_group(slab) == sizes.deform_group(last);
+    const int first_deform_tap = sizes.deform_group(channel) * sizes.taps;
     Vec<T, kVector<T>> grad_output[kDepthwiseItems] = {};
 #pragma unroll
     for (int item = 0; item < kDepthwiseItems; ++item) {

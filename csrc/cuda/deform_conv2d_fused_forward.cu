@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks) fused_forward_ke
   const auto source = [&]() -> Source {
     if (!cursor.valid()) return {-1, args.input};
     const int channel = first_channel + cursor.channel();
-    const int deform_group = s.deform_groups == 1 ? 0 : channel / sizes.deform_group_channels;
+    const int deform_group = sizes.deform_group(channel);
     const int deform_tap = (deform_group - first_deform_group) * sizes.taps + cursor.tap();
     return {deform_tap * Tile::kRows + thread_row, args.input + channel};
   };
@@ -106,29 +106,27 @@ __global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks) fused_forward_ke
   cp_async_wait<0>();
   __syncthreads();
 
-  // A chunk's product has eight half-steps. At even intervals between them, the thread stores the vector whose corners
-  // it has loaded and loads the corners of the next.
-  constexpr int kSteps = kChunkVectors / 2, kItems = Tile::kRows / kGatherRows, kInterval = 2 * kSteps / kItems;
+  // While a thread's part of the product is computed, the corners of one vector arrive. The loop is not unrolled: the
+  // assembler would move all of the gather before the product.
+  constexpr int kSteps = kChunkVectors / 2, kItems = Tile::kRows / kGatherRows, kItemSteps = kSteps / kItems;
+  const Operand<true, false, Tile::kWarpRows / 16, T, Tile::kRows> operand_a(Tile::warp_row());
+  const Operand<false, false, Tile::kWarpColumns / 16, T, Tile::kColumns> operand_b(Tile::warp_column());
   typename Tile::Sum sum = {};
   for (int chunk = 0; chunk < chunks; ++chunk) {
     const int stage = chunk % 2;
     cursor.advance();  // past the last chunk this gathers zeros, which are not used
     from = source();
     load_weights(stage ^ 1);
-    Corners<T> corners;
-    const auto gather = [&](int half_step) {
-      if (half_step % kInterval) return;
-      const int item = half_step / kInterval;
-      if (item > 0) put(from, stage ^ 1, (item - 1) * kGatherRows, corners);
-      if (item < kItems) corners = fetch(from, item * kGatherRows);
-    };
+#pragma unroll 1
+    for (int item = 0; item < kItems; ++item) {
+      const Corners<T> corners = fetch(from, item * kGatherRows);
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      gather(2 * step);
-      multiply_step<false, false>(sum, columns(stage), weights(stage), Tile::warp_row(), Tile::warp_column(), 2 * step,
-                                  2 * step, [&] { gather(2 * step + 1); });
+      for (int i = 0; i < kItemSteps; ++i) {
+        const int depth = 2 * (item * kItemSteps + i);
+        multiply_step(sum, columns(stage), weights(stage), operand_a, operand_b, depth, depth);
+      }
+      put(from, stage ^ 1, item * kGatherRows, corners);
     }
-    gather(2 * kSteps);
     cp_async_wait<0>();
     __syncthreads();
   }

@@ -20,8 +20,9 @@ DCN_DEVICE void scatter(const TableEntry& entry, const Corners<T>& corners, cons
   const Vec<float, 4> weight = entry.weights();
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
+    const auto value = widen(corners.lane[i]);
 #pragma unroll
-    for (int v = 0; v < kVector<T>; ++v) dot[i] += grad.lane[v] * to_accum(corners.lane[i].lane[v]);
+    for (int v = 0; v < kVector<T>; ++v) dot[i] += grad.lane[v] * value.lane[v];
     if (!grad_map || !entry.inside(i)) continue;
     Vec<float, kVector<T>> contribution;
 #pragma unroll

@@ -122,6 +122,9 @@ DCN_DEVICE void multiply_add(float (&d)[4], const Vec<uint32_t, 4>& a, uint32_t 
 #undef DCN_MMA
 }
 
+// Has the compiler keep what was computed from a thread's index, and not compute it again within loops.
+DCN_DEVICE void keep(int& x) { asm volatile("mov.u32 %0, %0;" : "+r"(x)); }
+
 DCN_DEVICE uint32_t round_to_tf32(float x) {
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
@@ -129,6 +132,8 @@ DCN_DEVICE uint32_t round_to_tf32(float x) {
 }
 
 #else
+
+inline void keep(int&) {}
 
 inline uint32_t round_to_tf32(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
@@ -206,30 +211,54 @@ struct Accumulator {
   float at[kM][2 * kN][4];
 };
 
-// sum += a * b over two vectors of K, for the warp's tile that begins at row `m` of a and column `n` of b. An operand
-// with K along its columns is read as it is, and its `depth` counts vectors; one with K along its rows is transposed by
-// the load, and its `depth` counts rows. For TF32, a must be rounded already; b is rounded here. `halfway` is called
-// after half of the columns: other work for the warp while the tensor cores are busy. The tiles have wgmma's layout
-// too.
-template <bool a_depth_in_rows, bool b_depth_in_rows, int kM, int kN, class T, int a_rows, int b_rows, class Halfway>
-DCN_DEVICE void multiply_step(Accumulator<kM, kN>& sum, const Panels<T, a_rows>& a, const Panels<T, b_rows>& b, int m,
-                              int n, int depth_a, int depth_b, Halfway halfway) {
-  static_assert(sizeof(T) == 2 || !(a_depth_in_rows || b_depth_in_rows), "only 16-bit elements can be transposed");
-  const int lane = threadIdx.x % 32;
-  const int low = lane % 8, middle = lane / 8 % 2, high = lane / 16;
+// One operand of a warp's product: `rows` x 16 * kCount of it, from `first` (a multiple of 16 * kCount) on, where K
+// lies along the panels' columns, or, `depth_in_rows`, along their rows. In a's fragments, the second of the four
+// matrices is the next along the rows of the product; in b's, the next along K.
+template <bool is_a, bool depth_in_rows, int kCount, class T, int rows>
+class Operand {
+  static_assert(sizeof(T) == 2 || !depth_in_rows, "only 16-bit elements can be transposed");
+  static constexpr int kElements = Panels<T, rows>::kElements, kRow = 8 * kElements;
+
+ public:
+  __device__ explicit Operand(int first) {
+    const int lane = threadIdx.x % 32, low = lane % 8, middle = lane / 8 % 2, high = lane / 16;
+    const int along = is_a ? middle : high, deep = is_a ? high : middle;
+    if constexpr (depth_in_rows) {
+      static_assert(8 % (2 * kCount) == 0, "must not cross panels");
+      offset_ = (first / 64 * rows + 8 * deep + low) * kRow + ((first / 8 % 8 + along) ^ low) * kElements;
+    } else {
+      offset_ = (first + 8 * along + low) * kRow + (deep ^ low) * kElements;
+    }
+    keep(offset_);
+  }
+
+  // The i-th 16 of them at `depth`: of K's vectors if it lies along the columns, of rows else; even, or a multiple
+  // of 16. The swizzle changes no bit of a vector's index that these do, so one offset serves all.
+  __device__ Vec<uint32_t, 4> fragment(const Panels<T, rows>& from, int i, int depth) const {
+    if constexpr (depth_in_rows)
+      return load_matrices<true>(from.data + (offset_ ^ 2 * i * kElements) + depth * kRow);
+    else
+      return load_matrices<false>(from.data + (offset_ ^ depth % 8 * kElements) + depth / 8 * (rows * kRow) +
+                                  16 * i * kRow);
+  }
+
+ private:
+  int offset_;
+};
+
+// sum += a * b over two vectors of K, at `depth_a` of a and `depth_b` of b. For TF32, a must be rounded already; b is
+// rounded here. The tiles have wgmma's layout too.
+template <bool a_depth_in_rows, bool b_depth_in_rows, int kM, int kN, class T, int a_rows, int b_rows>
+DCN_DEVICE void multiply_step(Accumulator<kM, kN>& sum, const Panels<T, a_rows>& a, const Panels<T, b_rows>& b,
+                              const Operand<true, a_depth_in_rows, kM, T, a_rows>& operand_a,
+                              const Operand<false, b_depth_in_rows, kN, T, b_rows>& operand_b, int depth_a,
+                              int depth_b) {
   Vec<uint32_t, 4> fragment[kM];
 #pragma unroll
-  for (int i = 0; i < kM; ++i) {
-    const int first = m + 16 * i;
-    fragment[i] = a_depth_in_rows ? load_matrices<true>(a.at(depth_a + 8 * high + low, first / 8 + middle))
-                                  : load_matrices<false>(a.at(first + 8 * middle + low, depth_a + high));
-  }
+  for (int i = 0; i < kM; ++i) fragment[i] = operand_a.fragment(a, i, depth_a);
 #pragma unroll
   for (int j = 0; j < kN; ++j) {
-    if (j == kN / 2) halfway();
-    const int first = n + 16 * j;
-    auto pair = b_depth_in_rows ? load_matrices<true>(b.at(depth_b + 8 * middle + low, first / 8 + high))
-                                : load_matrices<false>(b.at(first + 8 * high + low, depth_b + middle));
+    auto pair = operand_b.fragment(b, j, depth_b);
     if constexpr (sizeof(T) == 4) {
 #pragma unroll
       for (int r = 0; r < 4; ++r) pair.lane[r] = round_to_tf32(__uint_as_float(pair.lane[r]));
