@@ -147,9 +147,9 @@ def trips(instructions, first, last):
     number = r"(0x[0-9a-f]+)"
     compare = [re.match(rf"ISETP\.\w+(?:\.U32)?\.AND {predicate[1]}, PT, (R\d+), {number}, PT", t) for t in body]
     compare = [found for found in compare if found]
-    if len(compare) != 1:
+    if not compare:
         return None
-    counter, end = compare[0][1], int(compare[0][2], 16)
+    counter, end = compare[-1][1], int(compare[-1][2], 16)
     steps = [re.match(rf"(?:VIADD|IADD3) {counter}, {counter}, {number}", t) for t in body]
     steps = [int(found[1], 16) for found in steps if found]
     before = (x.text.replace(".reuse", "") for x in reversed(instructions[:first]))

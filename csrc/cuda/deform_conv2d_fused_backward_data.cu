@@ -2,8 +2,9 @@
 // tensor cores one chunk of K at a time, stays in shared memory, and goes back through the samples in one pass that
 // reads each corner once.
 //
-// A block owns a tile of rows with all channels, so grad_offset and grad_mask are summed in shared memory and written
-// once, without atomics. grad_input is summed by vector reductions in float32.
+// A block owns a tile of rows with all channels (the weights pass through in slices if need be), so grad_offset and
+// grad_mask are summed in shared memory and written once, without atomics. grad_input is summed by vector reductions in
+// float32.
 //
 // Traffic: grad_output, input, offset and mask are read from device memory once, grad_offset and grad_mask are written
 // once; the weights are read from L2 once for each tile of rows. grad_input takes 4 corners * 4 bytes of reductions for
@@ -15,9 +16,10 @@ namespace dcn::cuda {
 template <class T, class Tile>
 struct FusedBackwardLayout : SharedLayout {
   static constexpr int kStride = kChunk<T> + 8;  // of a row of products, padded against bank conflicts
-  __host__ __device__ FusedBackwardLayout(int out_channels, int deform_taps)
+  // `slice`: output channels whose weights are there at a time, a multiple of 16.
+  __host__ __device__ FusedBackwardLayout(int out_channels, int deform_taps, int slice)
       : grad_output(allocate<T>((out_channels + 63) / 64 * Tile::kRows * 64)),
-        weights(allocate<T>((out_channels + 15) / 16 * 16 * kChunk<T>)),
+        weights(allocate<T>((slice < out_channels ? 2 : 1) * slice * kChunk<T>)),
         products(allocate<float>(Tile::kRows * kStride)),
         index(allocate<int32_t>(Tile::kRows)),
         table(allocate<TableEntry>(deform_taps * Tile::kRows)),
@@ -26,15 +28,19 @@ struct FusedBackwardLayout : SharedLayout {
 };
 
 template <class T, class Tile>
-__global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks) fused_backward_data_kernel(FusedBackwardArgs<T> args) {
+__global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks)
+    fused_backward_data_kernel(FusedBackwardArgs<T> args, int slice) {
   const FusedSizes& sizes = args.sizes;
   const int first_row = blockIdx.x * Tile::kRows, groups = static_cast<int>(args.shape.groups);
   const int deform_taps = static_cast<int>(args.shape.deform_groups) * sizes.taps;
   DCN_DYNAMIC_SHARED(memory);
   using Layout = FusedBackwardLayout<T, Tile>;
-  const Layout layout(sizes.group_out_channels, deform_taps);
+  const Layout layout(sizes.group_out_channels, deform_taps, slice);
   const Panels<T, Tile::kRows> grad_output{shared_array<T>(memory, layout.grad_output)};
-  const Panels<T, 0> weights{shared_array<T>(memory, layout.weights)};  // (output channels, chunk): one panel
+  // (output channels of a slice, chunk): one panel, in two stages if there are several slices
+  const auto weights = [&](int stage) -> Panels<T, 0> {
+    return {shared_array<T>(memory, layout.weights) + stage * slice * kChunk<T>};
+  };
   const Operand<true, false, Tile::kWarpRows / 16, T, Tile::kRows> operand_a(Tile::warp_row());
   const Operand<false, true, Tile::kWarpColumns / 16, T, 0> operand_b(Tile::warp_column());
   float* const products = shared_array<float>(memory, layout.products);
@@ -52,9 +58,10 @@ __global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks) fused_backward_d
   for (int group = 0; group < groups; ++group) {
     const int first_out = group * sizes.group_out_channels;
     const T* const group_weights = args.weight + static_cast<int64_t>(first_out) * sizes.group_channels * sizes.taps;
-    const auto load_weights = [&](const DepthCursor<T>& cursor) {
-      for (int out = thread_row; out < padded_out_channels; out += kGatherRows)
-        cp_async(weights.at(out, vector),
+    const auto load_weights = [&](const DepthCursor<T>& cursor, int first, int stage) {
+      const int last = min(first + slice, padded_out_channels);
+      for (int out = first + thread_row; out < last; out += kGatherRows)
+        cp_async(weights(stage).at(out - first, vector),
                  group_weights + static_cast<int64_t>(out) * sizes.group_channels * sizes.taps + cursor.depth(),
                  cursor.valid() && out < sizes.group_out_channels);
       cp_async_commit();
@@ -67,23 +74,35 @@ __global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks) fused_backward_d
             grad_output.at(row, i),
             args.grad_output + static_cast<int64_t>(index[row]) * args.shape.out_channels + first_out + i * kVector<T>,
             index[row] >= 0 && i * kVector<T> < sizes.group_out_channels);
-    load_weights(cursor);
+    load_weights(cursor, 0, 0);
 
+    const bool sliced = slice < padded_out_channels;
+    int stage = 0;
     for (int chunk = 0; chunk < chunks; ++chunk) {
-      cp_async_wait<0>();
-      __syncthreads();
+      const DepthCursor<T> current = cursor;
+      cursor.advance();
       typename Tile::Sum sum = {};
-      for (int depth = 0; depth < padded_out_channels; depth += 16)
-        multiply_step(sum, grad_output, weights, operand_a, operand_b, depth / kVector<T>, depth);
+      for (int first = 0; first < padded_out_channels; first += slice) {
+        cp_async_wait<0>();
+        __syncthreads();
+        const int last = min(first + slice, padded_out_channels);
+        const Panels<T, 0> part = weights(stage);
+        if (sliced) {  // the next slice arrives while this one is multiplied
+          stage ^= 1;
+          if (last < padded_out_channels)
+            load_weights(current, last, stage);
+          else if (chunk + 1 < chunks)
+            load_weights(cursor, 0, stage);
+        }
+        for (int depth = first; depth < last; depth += 16)
+          multiply_step(sum, grad_output, part, operand_a, operand_b, depth / kVector<T>, depth - first);
+      }
       for_each_pair(sum, Tile::warp_row(), Tile::warp_column(), [&](int row, int column, float low, float high) {
         store(products + row * Layout::kStride + column, Vec<float, 2>{{low, high}});
       });
       __syncthreads();
 
-      // The next weights arrive while this chunk is scattered.
-      const DepthCursor<T> current = cursor;
-      cursor.advance();
-      if (chunk + 1 < chunks) load_weights(cursor);
+      if (!sliced && chunk + 1 < chunks) load_weights(cursor, 0, 0);  // they arrive while this chunk is scattered
 
       const int channel = group * sizes.group_channels + current.channel(),
                 slab = group * sizes.group_channels + current.slab();
@@ -110,37 +129,43 @@ __global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks) fused_backward_d
 
 namespace {
 
-// Rows of grad_output x a chunk of K; the first where all output channels of a group fit in shared memory.
+// Rows of grad_output x a chunk of K. All output channels of a group's grad_output are in shared memory, and of its
+// weights too where they fit, else kSlice at a time.
 using TallTile = FusedTile<128, 64, 4, 1>;
 using LowTile = FusedTile<64, 64, 2, 2>;
+using FlatTile = FusedTile<32, 64, 2, 2>;
+constexpr int kSlice = 64;
 
-// The rule: calls body(tile) with the tile for the shape; false, and no call, if there is none.
+// The rule: calls body(tile, slice) with the tile for the shape and the output channels of a slice; false, and no call,
+// if there is none.
 template <class Body>
 bool choose_tile(const DeformConv2dShape& s, const Body& body) {
-  const int64_t limit = max_shared_bytes();
-  const auto try_tile = [&]<class Tile>(Tile tile, int64_t least_blocks) {
-    const FusedBackwardLayout<half_t, Tile> layout(static_cast<int>(s.group_out_channels()), total_deform_taps(s));
+  const int64_t limit = fused_shared_bytes();
+  const int out_channels = static_cast<int>(s.group_out_channels()), all = (out_channels + 15) / 16 * 16;
+  const auto try_tile = [&]<class Tile>(Tile tile, int slice, int64_t least_blocks) {
+    const FusedBackwardLayout<half_t, Tile> layout(out_channels, total_deform_taps(s), slice);
     if (layout.bytes > limit || divide_up(rows_of(s), Tile::kRows) < least_blocks) return false;
-    body(tile);
+    body(tile, slice);
     return true;
   };
-  return try_tile(TallTile(), kWantedBlocks) || try_tile(LowTile(), 1);
+  return try_tile(TallTile(), all, kWantedBlocks) || try_tile(LowTile(), all, 1) || try_tile(LowTile(), kSlice, 1) ||
+         try_tile(FlatTile(), kSlice, 1);
 }
 
 template <class T>
 void launch(const DeviceScope& device, const FusedBackwardArgs<T>& args) {
-  choose_tile(args.shape, [&]<class Tile>(Tile) {
+  choose_tile(args.shape, [&]<class Tile>(Tile, int slice) {
     const dim3 grid(static_cast<unsigned>(divide_up(args.sizes.rows, Tile::kRows)));
     const size_t bytes =
-        FusedBackwardLayout<T, Tile>(args.sizes.group_out_channels, total_deform_taps(args.shape)).bytes;
-    device.launch(fused_backward_data_kernel<T, Tile>, {grid, kFusedThreads, bytes}, args);
+        FusedBackwardLayout<T, Tile>(args.sizes.group_out_channels, total_deform_taps(args.shape), slice).bytes;
+    device.launch(fused_backward_data_kernel<T, Tile>, {grid, kFusedThreads, bytes}, args, slice);
   });
 }
 
 }  // namespace
 
 bool fused_backward_data_supports(const DeformConv2dShape& s, ScalarType type) {
-  return is_16_bit(type) && sizes_supported(s, kVector<half_t>) && choose_tile(s, [](auto) {});
+  return is_16_bit(type) && sizes_supported(s, kVector<half_t>) && choose_tile(s, [](auto, int) {});
 }
 
 void fused_backward_data(const DeviceScope& device, const ConvTensors& t, const Tensor& grad_output,

@@ -199,7 +199,7 @@ void launch_backward(const DeviceScope& device, const ConvTensors& t, const Tens
 
 bool fused_depthwise_supports(const DeformConv2dShape& s, ScalarType type, bool backward) {
   return is_16_bit(type) && sizes_supported(s, kVector<half_t>) &&
-         DepthwiseLayout(total_deform_taps(s), static_cast<int>(s.taps()), backward).bytes <= max_shared_bytes();
+         DepthwiseLayout(total_deform_taps(s), static_cast<int>(s.taps()), backward).bytes <= fused_shared_bytes();
 }
 
 void fused_depthwise_forward(const DeviceScope& device, const ConvTensors& t, const Tensor& output) {

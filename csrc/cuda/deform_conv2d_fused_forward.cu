@@ -153,8 +153,9 @@ __global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks) fused_forward_ke
 namespace {
 
 // The tiles, rows x output channels. One tile covers all output channels of a group, up to 256; small tiles are for
-// launches that would leave SMs idle, and for large sample tables.
+// launches that would leave SMs idle, for large sample tables, and for GPUs with 99 KiB of shared memory a block.
 using WideTile = FusedTile<128, 256, 2, 1>;    // more than 128 output channels
+using LowWideTile = FusedTile<64, 256, 2, 1>;  // likewise
 using SquareTile = FusedTile<128, 128, 2, 2>;  // more than 64
 using NarrowTile = FusedTile<128, 64, 4, 2>;
 using SmallTile = FusedTile<64, 128, 2, 2>;
@@ -177,7 +178,7 @@ int max_deform_taps(const DeformConv2dShape& s) {
 template <class T, class Body>
 bool choose_tile(const DeformConv2dShape& s, const Body& body) {
   const int deform_taps = max_deform_taps(s);
-  const int64_t limit = max_shared_bytes(), out_channels = s.group_out_channels();
+  const int64_t limit = fused_shared_bytes(), out_channels = s.group_out_channels();
   const auto try_tile = [&]<class Tile>(Tile tile, int64_t least_blocks) {
     const dim3 grid = grid_of<Tile>(s);
     const bool fits = FusedForwardLayout<T, Tile>(deform_taps).bytes <= limit && grid.y <= kMaxGridY;
@@ -187,7 +188,8 @@ bool choose_tile(const DeformConv2dShape& s, const Body& body) {
   };
   if (out_channels <= 64 && try_tile(NarrowTile(), 1)) return true;
   if (out_channels > 64 && out_channels <= 128 && try_tile(SquareTile(), kWantedBlocks)) return true;
-  if (out_channels > 128 && try_tile(WideTile(), kWantedBlocks)) return true;
+  if (out_channels > 128 && (try_tile(WideTile(), kWantedBlocks) || try_tile(LowWideTile(), kWantedBlocks)))
+    return true;
   return try_tile(SmallTile(), 1);
 }
 

@@ -11,6 +11,14 @@ namespace dcn::cuda {
 #endif
 constexpr int64_t kWantedBlocks = DCN_WANTED_BLOCKS;  // a launch should give every SM of a large GPU a block
 
+// The shared memory that a block of the fused kernels can have; none where the GPU lacks the instructions of compute
+// capability 8.0 that they are made of (mma.h). Shared memory tells: such GPUs have at most 96 KiB a block, all others
+// 99 or more.
+inline int64_t fused_shared_bytes() {
+  const int bytes = max_shared_bytes();
+  return bytes < (99 << 10) ? 0 : bytes;
+}
+
 inline int64_t rows_of(const DeformConv2dShape& s) { return s.batch * s.positions(); }
 
 inline int total_deform_taps(const DeformConv2dShape& s) { return static_cast<int>(s.deform_groups * s.taps()); }

@@ -128,7 +128,7 @@ class DeviceScope {
 
 #else
 
-inline int max_shared_bytes() { return 227 << 10; }
+inline int max_shared_bytes() { return cuda_host::max_shared_bytes(); }
 
 class DeviceScope {
  public:

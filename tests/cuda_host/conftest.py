@@ -30,14 +30,15 @@ class CudaHost:
             env=environment(self.checker),
         )
 
-    def __call__(self, name: str, *arguments, order: int = 0, fused: bool = True):
+    def __call__(self, name: str, *arguments, order: int = 0, fused: bool = True, shared_kib: int = 227):
         """Runs operator `name`; blocks and threads take turns in `order` (see cuda_host.h).
 
-        Without `fused` a convolution goes through columns, whatever the rule says.
+        Without `fused` a convolution goes through columns, whatever the rule says. A block of the GPU has `shared_kib`
+        of shared memory.
         """
         if self.process is None:
             self._start()
-        pickle.dump((name, order, fused, arguments), self.process.stdin)
+        pickle.dump((name, order, fused, shared_kib, arguments), self.process.stdin)
         self.process.stdin.flush()
         try:
             done, result = pickle.load(self.process.stdout)

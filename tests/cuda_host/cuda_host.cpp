@@ -68,6 +68,7 @@ struct Machine {
   const std::function<void()>* kernel = nullptr;
   std::map<const void*, Arena> shared;
   size_t dynamic_bytes = 0;
+  int max_shared_bytes = 227 << 10;
   std::string error;
   uint64_t order = kAscending;
   uint64_t block = 0;  // of this process
@@ -279,6 +280,8 @@ void launch(dim3 blocks, dim3 threads, size_t shared_bytes, const std::function<
   const uint64_t block_count = uint64_t(blocks.x) * blocks.y * blocks.z;
   if (count == 0 || count > 1024 || block_count == 0 || blocks.y > 65535 || blocks.z > 65535)
     throw std::runtime_error("invalid launch configuration");
+  if (shared_bytes > static_cast<size_t>(machine.max_shared_bytes))
+    throw std::runtime_error("a launch asks for more shared memory than the GPU has");
   gridDim = blocks, blockDim = threads;
   machine.kernel = &kernel;
   machine.dynamic_bytes = shared_bytes;
@@ -345,6 +348,7 @@ void fail(const char* what, Site site) {
   std::abort();
 }
 
+int max_shared_bytes() { return machine.max_shared_bytes; }
 unsigned char* dynamic_shared() { return allocate_shared(nullptr, machine.dynamic_bytes); }
 void* shared_variable(const void* key, size_t size) { return allocate_shared(key, size); }
 
@@ -358,6 +362,10 @@ void note_atomic([[maybe_unused]] void* address, [[maybe_unused]] size_t size) {
 
 extern "C" __attribute__((visibility("default"))) void cuda_host_set_order(uint64_t order) {
   cuda_host::machine.order = order;
+}
+
+extern "C" __attribute__((visibility("default"))) void cuda_host_set_shared_bytes(int bytes) {
+  cuda_host::machine.max_shared_bytes = bytes;
 }
 
 #ifdef CUDA_HOST_WATCH

@@ -8,6 +8,8 @@
 // which here only makes the compiler report every access, two accesses to one place that nothing orders are an error
 // too.
 //
+// The shim is a GPU of compute capability 9.0; cuda_host_set_shared_bytes gives it another's shared memory.
+//
 // The order in which blocks and threads run is no promise of CUDA's: cuda_host_set_order(0: ascending, 1: descending,
 // else the seed of a random order) changes it.
 #pragma once
@@ -81,6 +83,7 @@ unsigned lane();
 [[noreturn]] void fail(const char* what, Site site);
 
 unsigned char* dynamic_shared();
+int max_shared_bytes();  // of a block
 void* shared_variable(const void* key, size_t size);
 
 // One variable a block for each type of `key`, which is a lambda's and so unlike any other.
@@ -95,6 +98,7 @@ void note_atomic(void* address, size_t size);
 }  // namespace cuda_host
 
 extern "C" void cuda_host_set_order(uint64_t order);
+extern "C" void cuda_host_set_shared_bytes(int bytes);
 
 using CudaHostSite = std::source_location;
 

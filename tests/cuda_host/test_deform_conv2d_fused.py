@@ -185,7 +185,7 @@ def test_rule(cuda_host, dtype):
     assert not took_fused(cuda_host, dtype, fused=False)
 
 
-@pytest.mark.parametrize(("out_channels", "deterministic", "fused"), [(8, False, True), (8, True, False), (2048, 0, 0)])
+@pytest.mark.parametrize(("out_channels", "deterministic", "fused"), [(8, False, True), (8, True, False), (4096, 0, 0)])
 def test_backward_rule(cuda_host, out_channels, deterministic, fused):
     """Columns round the columns' gradient to the dtype, so only what they made has their bits."""
     shape = (1, 8, 3, 3, out_channels, (2, 2), 1, 0, 1, 1, 1, True)

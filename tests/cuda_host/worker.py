@@ -18,13 +18,15 @@ def main() -> None:
     torch.ops.load_library(sys.argv[1])
     library = ctypes.CDLL(sys.argv[1])
     library.cuda_host_set_order.argtypes = [ctypes.c_uint64]
+    library.cuda_host_set_shared_bytes.argtypes = [ctypes.c_int]
     library.cuda_host_planted.restype = ctypes.c_char_p
     while True:
         try:
-            name, order, fused, arguments = pickle.load(requests)
+            name, order, fused, shared_kib, arguments = pickle.load(requests)
         except EOFError:
             return
         library.cuda_host_set_order(order)
+        library.cuda_host_set_shared_bytes(shared_kib << 10)
         os.environ["DCN_PLUGIN_FUSED"] = str(int(fused))
         try:
             if name == "planted":
