@@ -7,8 +7,9 @@ import subprocess
 
 # Compute capabilities that get machine code; "+PTX" lets the driver compile for GPUs newer than that one. 8.0's machine
 # code runs on 8.6 and 8.9 as well, and 10.0's on 10.3: one entry a generation keeps the wheel small.
-CAPABILITIES = "8.0 9.0 10.0 12.0+PTX"
-LOWEST_CAPABILITY = (8, 0)
+CAPABILITIES = "7.5 8.0 9.0 10.0 12.0+PTX"
+LOWEST_CAPABILITY = (7, 5)
+WITHOUT_FUSED = "7."  # the fused kernels need instructions of 8.0, and are empty in code for less
 
 
 def find_nvcc() -> str | None:
@@ -33,7 +34,8 @@ def choose_capabilities(wanted: str, available: set[tuple[int, int]]) -> tuple[l
     """Splits `wanted` (written as TORCH_CUDA_ARCH_LIST is) into what can be built and what cannot.
 
     An entry that the kernels or nvcc do not support is left out. Where it had "+PTX", the highest entry that is left
-    gets it, so that an older nvcc still makes a library for newer GPUs. Nothing left is a ValueError.
+    gets it, so that an older nvcc still makes a library for newer GPUs. Entries without the fused kernels get none:
+    newer GPUs would run it. Nothing left is a ValueError.
     """
     kept, dropped = [], []
     for entry in filter(None, re.split(r"[\s;,]+", wanted)):
@@ -47,7 +49,7 @@ def choose_capabilities(wanted: str, available: set[tuple[int, int]]) -> tuple[l
         raise ValueError(f"nothing to build for in {wanted!r}: the kernels need {lowest}, nvcc must know the rest")
     if any(entry.endswith("+PTX") for entry in dropped) and not any(entry.endswith("+PTX") for entry in kept):
         kept[-1] += "+PTX"
-    return kept, dropped
+    return [entry.removesuffix("+PTX") if entry.startswith(WITHOUT_FUSED) else entry for entry in kept], dropped
 
 
 def gencode_flags(capabilities: list[str]) -> list[str]:

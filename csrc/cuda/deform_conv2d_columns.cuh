@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(kColumnThreads) sample_channels_first(ColumnsA
 }
 
 template <class T>
-__global__ void __launch_bounds__(kColumnThreads) scatter_channels_first(ColumnsArgs<T> args) {
+__global__ void __launch_bounds__(kColumnThreads, 2) scatter_channels_first(ColumnsArgs<T> args) {
   using A = Accum<T>;
   const DeformConv2dShape& s = args.shape;
   const int taps = static_cast<int>(s.taps()), width = static_cast<int>(s.deform_group_channels());

@@ -30,6 +30,7 @@ struct FusedBackwardLayout : SharedLayout {
 template <class T, class Tile>
 __global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks)
     fused_backward_data_kernel(FusedBackwardArgs<T> args, int slice) {
+  if (!kHasInstructions) return;
   const FusedSizes& sizes = args.sizes;
   const int first_row = blockIdx.x * Tile::kRows, groups = static_cast<int>(args.shape.groups);
   const int deform_taps = static_cast<int>(args.shape.deform_groups) * sizes.taps;

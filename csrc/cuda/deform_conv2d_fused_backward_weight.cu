@@ -52,6 +52,7 @@ struct FusedWeightLayout : SharedLayout {
 template <class T, class Tile>
 __global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks)
     fused_backward_weight_kernel(FusedWeightArgs<T> args, int table_deform_taps) {
+  if (!kHasInstructions) return;
   static_assert(Tile::kColumns == kWeightPanels * kChunk<T>);
   const FusedSizes& sizes = args.sizes;
   const int out_tiles = (sizes.group_out_channels + Tile::kRows - 1) / Tile::kRows;

@@ -40,6 +40,7 @@ DCN_DEVICE void load_slab_weights(const FusedArgs<T>& args, int slab, float* wei
 // The slabs of channels are divided among the grid's y.
 template <class T>
 __global__ void __launch_bounds__(kFusedThreads, 2) depthwise_forward_kernel(FusedForwardArgs<T> args) {
+  if (!kHasInstructions) return;
   const FusedSizes& sizes = args.sizes;
   const int first_row = blockIdx.x * kDepthwiseRows,
             deform_taps = static_cast<int>(args.shape.deform_groups) * sizes.taps;
@@ -85,6 +86,7 @@ __global__ void __launch_bounds__(kFusedThreads, 2) depthwise_forward_kernel(Fus
 // sums (tiles, C, taps) are of grad_weight, or null.
 template <class T>
 __global__ void __launch_bounds__(kFusedThreads, 2) depthwise_backward_kernel(FusedBackwardArgs<T> args, float* sums) {
+  if (!kHasInstructions) return;
   const FusedSizes& sizes = args.sizes;
   const int first_row = blockIdx.x * kDepthwiseRows,
             deform_taps = static_cast<int>(args.shape.deform_groups) * sizes.taps;

@@ -43,6 +43,7 @@ struct FusedForwardLayout : SharedLayout {
 
 template <class T, class Tile>
 __global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks) fused_forward_kernel(FusedForwardArgs<T> args) {
+  if (!kHasInstructions) return;
   const DeformConv2dShape& s = args.shape;
   const FusedSizes& sizes = args.sizes;
   const int column_tiles = (sizes.group_out_channels + Tile::kColumns - 1) / Tile::kColumns;

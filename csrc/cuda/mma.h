@@ -5,6 +5,14 @@
 
 namespace dcn::cuda {
 
+// Kernels that use these instructions are empty where they are compiled for older GPUs, which never launch them
+// (fused_shared_bytes in deform_conv2d_fused_launch.h).
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kHasInstructions = false;
+#else
+constexpr bool kHasInstructions = true;
+#endif
+
 // ---- Asynchronous copies from global to shared memory
 
 #ifdef __CUDACC__

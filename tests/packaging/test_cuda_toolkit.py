@@ -57,6 +57,8 @@ def test_older_nvcc_leaves_newer_gpus_to_the_driver(toolkit):
         ("8.6", ["8.6"], []),
         ("5.0;8.0;9.0a", ["8.0", "9.0a"], ["5.0"]),
         ("8.0+PTX, 9.0", ["8.0+PTX", "9.0"], []),
+        ("7.5+PTX", ["7.5"], []),
+        ("7.5 12.0+PTX", ["7.5"], ["12.0+PTX"]),
     ],
 )
 def test_takes_lists_as_pytorch_writes_them(toolkit, wanted, kept, dropped):
@@ -114,10 +116,11 @@ def test_setup_builds_for_the_gpus_that_nvcc_has(build):
     *compiled, linked = build()[0]
     assert len(compiled) == len(list((ROOT / "csrc/cuda").glob("*.cu")))
     for call in compiled:
+        assert "-gencode=arch=compute_75,code=sm_75 -gencode=arch=compute_80,code=sm_80" in call
         assert "-gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=sm_90" in call
         assert "-gencode=arch=compute_90,code=compute_90" in call
         assert "compute_120" not in call
-        assert '-DDCN_CUDA_CAPABILITIES="8.0, 9.0+PTX"' in call
+        assert '-DDCN_CUDA_CAPABILITIES="7.5, 8.0, 9.0+PTX"' in call
     assert "-shared" in linked
     assert "-ltorch_cuda" in linked
 
