@@ -27,7 +27,6 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import pairwise
 from math import ceil
 from pathlib import Path
 
@@ -143,27 +142,29 @@ def trips(instructions, first, last):
     predicate = re.match(r"@!?(P\d)", instructions[last].text)
     if not predicate:
         return None
-    body = [x.text.replace(".reuse", "") for x in instructions[first:last]]
+    predicate, body = predicate[1], [x.text.replace(".reuse", "") for x in instructions[first:last]]
+    copies = [re.match(rf"PLOP3\.LUT {predicate}, PT, PT, PT, (UP\d),", t) for t in body]
+    predicate = next((found[1] for found in reversed(copies) if found), predicate)
     number = r"(0x[0-9a-f]+)"
-    compare = [re.match(rf"ISETP\.\w+(?:\.U32)?\.AND {predicate[1]}, PT, (R\d+), {number}, PT", t) for t in body]
+    compare = [re.match(rf"U?ISETP\.\w+(?:\.U32)?\.AND {predicate}, U?PT, (U?R\d+), {number}, U?PT", t) for t in body]
     compare = [found for found in compare if found]
     if not compare:
         return None
     counter, end = compare[-1][1], int(compare[-1][2], 16)
-    steps = [re.match(rf"(?:VIADD|IADD3) {counter}, {counter}, {number}", t) for t in body]
+    steps = [re.match(rf"(?:VIADD|U?IADD3) {counter}, {counter}, {number}", t) for t in body]
     steps = [int(found[1], 16) for found in steps if found]
     before = (x.text.replace(".reuse", "") for x in reversed(instructions[:first]))
     setting = next((t for t in before if re.match(rf"\S+ {counter},", t)), "")
-    start = re.match(rf"(?:MOV|IMAD\.MOV\.U32) {counter}, (?:RZ, RZ, )?(RZ|{number})$", setting)
+    start = re.match(rf"(?:U?MOV|IMAD\.MOV\.U32) {counter}, (?:RZ, RZ, )?(U?RZ|{number})$", setting)
     if len(steps) != 1 or not start:
         return None
-    begin = 0 if start[1] == "RZ" else int(start[1], 16)
+    begin = 0 if start[1].endswith("RZ") else int(start[1], 16)
     return ceil((end - begin) / steps[0])
 
 
 def main_loop(kernel, matrix_trips):
-    """(its instructions with how often each runs in an iteration, whether that is known, and known of the matrix
-    instructions), or None.
+    """(its instructions, with how often each runs in an iteration and how often the loops of products within that hold
+    it do; whether that is known, and known of the matrix instructions), or None.
     """
     found = loops(kernel.instructions)
     if not found:
@@ -177,7 +178,7 @@ def main_loop(kernel, matrix_trips):
     first, last = max(found, key=lambda loop: (matrix(loop), constant[loop] is None, loop[0] - loop[1]))
     if not matrix((first, last)):
         return None
-    times, known, matrix_known = [1] * (last + 1 - first), True, True
+    times, repeats, known, matrix_known = [1] * (last + 1 - first), [1] * (last + 1 - first), True, True
     for begin, end in found:
         if first <= begin and end <= last and (begin, end) != (first, last):
             count = constant[begin, end] or (matrix_trips if matrix((begin, end)) else None)
@@ -185,7 +186,8 @@ def main_loop(kernel, matrix_trips):
             matrix_known = matrix_known and (count is not None or not matrix((begin, end)))
             for i in range(begin, end + 1):
                 times[i - first] *= count or 1
-    return list(zip(kernel.instructions[first : last + 1], times, strict=True)), known, matrix_known
+                repeats[i - first] *= count if count and matrix((begin, end)) else 1
+    return list(zip(kernel.instructions[first : last + 1], times, repeats, strict=True)), known, matrix_known
 
 
 @dataclass
@@ -212,9 +214,14 @@ def describe(kernel, warps, matrix_trips=None):
         return None
     body, known, matrix_known = found
     counts = Counter()
-    for instruction, times in body:
+    for instruction, times, _ in body:
         counts[instruction.column] += times
-    at = [i for i, (instruction, _) in enumerate(body) if instruction.name in MATRIX]
+    at = [i for i, (instruction, _, _) in enumerate(body) if instruction.name in MATRIX]
+    whole = [(instruction, times) for instruction, times, _ in body]
+    # A loop of products runs into the next: it has something before its first ones and after its last ones only once.
+    before = [(instruction, times / repeats) for instruction, times, repeats in body[: at[0]]]
+    after = [(instruction, times / repeats) for instruction, times, repeats in body[at[-1] + 1 :]]
+    among = [*whole, *((instruction, -times) for instruction, times in (*before, *after))]
 
     def issue(part):
         return sum(times for _, times in part) * warps / ISSUED
@@ -226,16 +233,15 @@ def describe(kernel, warps, matrix_trips=None):
     rate = RATES.get(kernel.arch.rstrip("af"))
     if rate and matrix_known:
         matrix = dense = 0.0
-        for instruction, times in body:
+        for instruction, times in whole:
             half = 0.5 if ".TF32" in instruction.opcode else 1
             cycles = instruction.products * times * warps / (rate.products * half)
             dense += cycles / rate.dense
             matrix += cycles / (rate.synchronous if instruction.name == "HMMA" else 1)
-        edges = 0, at[0], at[-1] + 1, len(body)
-        before, among, after = (max(issue(p), memory(p)) for p in (body[a:b] for a, b in pairwise(edges)))
-        waiting = before + max(among, matrix) + after
-        ratio = max(issue(body), memory(body), matrix) / dense, waiting / dense
-    return Loop(counts, known, at[0], issue(body), memory(body), matrix, ratio)
+        alone, overlapping, last = (max(issue(part), memory(part)) for part in (before, among, after))
+        waiting = alone + max(overlapping, matrix) + last
+        ratio = max(issue(whole), memory(whole), matrix) / dense, waiting / dense
+    return Loop(counts, known, at[0], issue(whole), memory(whole), matrix, ratio)
 
 
 def table(kernels, warps, matrix_trips):

@@ -113,7 +113,8 @@ __global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks)
       const T* const map = args.input + channel;
       float* const grad_map = args.grad_input ? args.grad_input + channel : nullptr;
 #pragma unroll 2
-      for (int row = thread_row; row < Tile::kRows; row += kGatherRows) {
+      for (int item = 0; item < Tile::kRows / kGatherRows; ++item) {
+        const int row = item * kGatherRows + thread_row;
         const int at = deform_tap < 0 ? -1 : deform_tap * Tile::kRows + row;
         const TableEntry entry = at < 0 ? no_entry() : table[at];
         const auto corners = load_corners(entry, map, sizes);

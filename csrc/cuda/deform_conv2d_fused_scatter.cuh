@@ -51,6 +51,7 @@ DCN_DEVICE void add_dots(float* dots, int entry, bool same_entry, const float (&
     if (lane < 4) dots[4 * entry + lane] += sum;  // until the next barrier, no other lane touches it
     return;
   }
+#pragma unroll 1
   for (int turn = 0; turn < kChunkVectors; ++turn) {
     if (lane == turn && entry >= 0)
 #pragma unroll

@@ -75,6 +75,26 @@ def test_loop_of_products_within_the_main_loop(sass_report):
     assert loop.matrix == pytest.approx(6 * 8 * 16 * 8 * 8 / 512 / 0.95)
 
 
+def test_loop_of_products_that_runs_a_constant_number_of_times(sass_report):
+    """It is a part of the main loop's iteration; what it does around the products overlaps but for once each."""
+    loads = ["LDG.E.128 R12, desc[UR4][R2.64]"] * 5
+    stores = ["STS.128 [R1], R12"] * 7
+    lines = ["UMOV UR5, URZ", *loads, "HMMA.16816.F32 R4, R8, R2, R4", *stores, "UIADD3 UR5, UR5, 0x1, URZ"]
+    lines += ["UISETP.NE.AND UP0, UPT, UR5, 0x4, UPT", "PLOP3.LUT P0, PT, PT, PT, UP0, 0x80, 0x0"]
+    lines += ["ISETP.NE.AND P1, PT, R3, 0x9, PT", "@P0 BRA 0x10", "ISETP.GE.AND P1, PT, R3, R4, PT", "@P1 BRA 0x0"]
+    (kernel,) = sass_report.parse_sass(
+        "code for sm_90\nFunction : repeated\n"
+        + "".join(f"        /*{16 * i:04x}*/   {line} ;   /* 0x0 */\n" for i, line in enumerate(lines))
+    )
+    loop = sass_report.describe(kernel, 8)
+    assert (loop.counts["HMMA"], loop.counts["LDG"], loop.counts["STS"], loop.known) == (4, 20, 28, True)
+    assert loop.first_matrix == 6
+    products = 4 * 8 * 16 * 8 * 16
+    dense, memory = products / 2048 / 0.8, 512 * 8 / 128
+    assert loop.ratio == pytest.approx((48 * memory / dense, (5 + 36 + 7) * memory / dense))
+    assert loop.matrix < 36 * memory
+
+
 def test_kernel_without_products(sass_report):
     (kernel,) = sass_report.parse_sass(
         "code for sm_90\nFunction : plain\n /*0000*/ STL [R1], R2 ;\n /*0010*/ BRA 0x0;\n"
