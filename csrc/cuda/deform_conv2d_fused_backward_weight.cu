@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kFusedThreads, Tile::kBlocks)
     load_grad_output(stage ^ 1);
     fill(stage, row + 2 * Tile::kDepth, next_shift);  // no one reads this stage's before the barrier
     next_shift = load_entry(first_entry, row + 3 * Tile::kDepth);
-#pragma unroll 1  // unrolled, the assembler would move all of the gather before the product
+#pragma unroll 2  // both panels; unrolled further, the assembler would move the gather before the product
     for (int step = 0; step < kSteps; ++step) {
       const Corners<T> corners = fetch(step, stage ^ 1);
       multiply_step(sum, grad_output(stage), columns(stage), operand_a, operand_b, 16 * step, 16 * step);
