@@ -31,7 +31,7 @@ inline bool sizes_supported(const DeformConv2dShape& s, int64_t vector) {
   const bool vectors = s.deform_group_channels() % vector == 0 &&
                        (is_depthwise(s) || (s.group_channels() % vector == 0 && s.group_out_channels() % vector == 0));
   return vectors && rows_of(s) < kMost && s.batch * s.height * s.width < TableEntry::kMostPixels &&
-         s.taps() * s.channels < kMost;
+         s.taps() * s.channels < kMost / static_cast<int64_t>(sizeof(float));
 }
 
 template <class Body>

@@ -219,9 +219,9 @@ struct Accumulator {
   float at[kM][2 * kN][4];
 };
 
-// One operand of a warp's product: `rows` x 16 * kCount of it, from `first` (a multiple of 16 * kCount) on, where K
-// lies along the panels' columns, or, `depth_in_rows`, along their rows. In a's fragments, the second of the four
-// matrices is the next along the rows of the product; in b's, the next along K.
+// One operand of a warp's product: 16 * kCount rows of a, or columns of b, from `first` on (a multiple of 16 * kCount).
+// K lies along the panels' columns, or, `depth_in_rows`, along their rows. Of a fragment's four matrices the second is
+// the next along the product's rows in a, and the next along K in b.
 template <bool is_a, bool depth_in_rows, int kCount, class T, int rows>
 class Operand {
   static_assert(sizeof(T) == 2 || !depth_in_rows, "only 16-bit elements can be transposed");
@@ -240,8 +240,8 @@ class Operand {
     keep(offset_);
   }
 
-  // The i-th 16 of them at `depth`: of K's vectors if it lies along the columns, of rows else; even, or a multiple
-  // of 16. The swizzle changes no bit of a vector's index that these do, so one offset serves all.
+  // The i-th 16 of them, over two vectors of K from `depth` on, which counts vectors (even) or rows (a multiple of 16).
+  // Neither carries into the bits of the lane's own offset, so the swizzle of their sum is one exclusive or.
   __device__ Vec<uint32_t, 4> fragment(const Panels<T, rows>& from, int i, int depth) const {
     if constexpr (depth_in_rows)
       return load_matrices<true>(from.data + (offset_ ^ 2 * i * kElements) + depth * kRow);
