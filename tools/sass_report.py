@@ -46,7 +46,7 @@ class Rate:
     dense: float  # the share that dense convolutions and products reach
 
 
-# Of the published peaks; shares as measured by PyTorch's own product.
+# Of the published peaks. The shares of 9.0 are what its notes say of PyTorch's own product; those of 8.0 are assumed.
 RATES = {"80": Rate(1024, 0.95, 0.85), "90": Rate(2048, 0.62, 0.8)}
 
 
