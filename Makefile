@@ -59,7 +59,7 @@ cuda: setup  ## compile the CUDA operators (needs nvcc, no GPU) and list registe
 	DCN_PLUGIN_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace --build-temp $(CUDA_BUILD)
 	$(BIN)/python tools/ptxas_report.py $(CUDA_BUILD) --no-spills
 
-sdist: setup  ## make the source distribution, in dist/
+sdist: setup-dev  ## make the source distribution, in dist/
 	$(BIN)/python -m build --sdist --no-isolation
 
 wheel: setup-dev  ## make one wheel of the CPU and CUDA operators, for every Python and PyTorch >= 2.10, in dist/

@@ -1,7 +1,7 @@
 """Deformable convolution (v1, v2) and deformable RoI operators for CPU and CUDA; needs torch alone.
 
-Importing this changes nothing outside the package. :mod:`dcn_plugin.mmdet` makes the operators known to MMDetection;
-configs name it: ``custom_imports = dict(imports=["dcn_plugin.mmdet"])``.
+Importing this registers the operators with PyTorch and changes nothing else. :mod:`dcn_plugin.mmdet` makes them known
+to MMDetection; configs name it: ``custom_imports = dict(imports=["dcn_plugin.mmdet"])``.
 """
 
 __version__ = "0.1.0"

@@ -34,6 +34,11 @@ class Options:
     def __post_init__(self):
         if not isinstance(self.min_channels, int):
             raise ValueError(f"min_channels must be an integer, got {self.min_channels!r}")
+        for name in ("kernel_size", "stride"):
+            given = getattr(self, name)
+            pair = given if isinstance(given, (tuple, list)) else (given, given)
+            if given is not None and not (len(pair) == 2 and all(isinstance(one, int) for one in pair)):
+                raise ValueError(f"{name} must be an integer or two integers, got {given!r}")
 
     def excludes(self, candidate: Candidate, named: bool) -> str | None:
         """Why a convolution that could be deformable is not to be; ``named`` is one whose full name was given."""

@@ -128,6 +128,37 @@ assert changed == before.keys(), before.keys() - changed  # so each of them woul
     run(code)
 
 
+@needs("mmengine")
+def test_the_core_changes_nothing_of_mmengine():
+    """The same where there is no compiled mmcv, of what the floor above the core changes."""
+    code = """
+import mmengine.analysis, mmengine.hooks, mmengine.model, mmengine.optim, mmengine.runner
+from mmengine.analysis import complexity_analysis
+from mmengine.registry import HOOKS, MODELS
+
+def state():
+    return dict(
+        resume=mmengine.runner.Runner.resume,
+        launch=[mmengine.dist.utils._init_dist_pytorch, mmengine.model.MMDistributedDataParallel.__init__],
+        parameters=mmengine.optim.DefaultOptimWrapperConstructor.add_params,
+        build=MODELS.build_func,
+        types=dict(MODELS.module_dict),
+        hooks=dict(HOOKS.module_dict),
+        flops=[dict(complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS),
+               dict(complexity_analysis._DEFAULT_SUPPORTED_ACT_OPS)],
+        safe_globals=list(torch.serialization.get_safe_globals()),
+    )
+
+before = state()
+import dcn_plugin
+assert state() == before
+import dcn_plugin.mmengine
+changed = {key for key, value in state().items() if value != before[key]}
+assert changed == before.keys(), before.keys() - changed  # so each of them would have been noticed
+"""
+    run(code, missing=("mmcv", "mmdet"))
+
+
 @needs("mmcv._ext")
 @pytest.mark.parametrize("order", ["import mmcv.ops, dcn_plugin.mmengine", "import dcn_plugin.mmengine, mmcv.ops"])
 def test_overrides_mmcv_in_either_order(order):
@@ -196,19 +227,6 @@ def test_what_is_missing_or_broken_is_one_sentence(module, blocked, message):
     assert message in text and "install" in text and "\n" not in text
 
 
-def test_missing_native_operators_are_an_error():
-    code = """
-sys.modules["dcn_plugin.ops"] = None
-try:
-    import dcn_plugin
-except ImportError:
-    pass
-else:
-    raise SystemExit("imported")
-"""
-    run(code)
-
-
 @needs("mmdet")
 def test_custom_imports_is_all_a_config_needs(tmp_path):
     config = tmp_path / "config.py"
@@ -236,9 +254,10 @@ def test_every_step_may_be_repeated():
     """Each function that an upper floor's import calls changes nothing when it is called again."""
     code = """
 import dcn_plugin.mmdet, mmengine.optim, mmdet.models
-from dcn_plugin.mmdet import mmcv_ops, patches, register_roi_extractors
+from dcn_plugin.mmdet import mmcv_ops, patches, provide_mmcv_ext, register_roi_extractors
 from dcn_plugin.mmengine import patches as mmengine_patches, register_conv_layers, register_deformable_key
 from dcn_plugin.mmengine import register_offset_hook, register_offset_vis_hook
+from mmengine.analysis import complexity_analysis
 from mmengine.registry import HOOKS, MODELS
 
 def state():
@@ -247,13 +266,14 @@ def state():
             mmengine.optim.DefaultOptimWrapperConstructor.add_params,
             mmdet.models.backbones.resnet.Bottleneck.__init__, mmengine.runner.Runner.resume,
             mmengine.dist.utils._init_dist_pytorch, mmengine.model.MMDistributedDataParallel.__init__,
-            sys.modules["mmcv.ops.nms"].NMSop.forward,
+            sys.modules["mmcv.ops.nms"].NMSop.forward, sys.modules["mmcv._ext"],
+            dict(complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS),
             len(torch.serialization.get_safe_globals()),
             len(torch.nn.modules.module._global_module_registration_hooks)]
 
 before = state()
 steps = [register_conv_layers, register_deformable_key, register_offset_hook, register_offset_vis_hook,
-         mmcv_ops.replace, register_roi_extractors,
+         provide_mmcv_ext, mmcv_ops.replace, register_roi_extractors, mmengine_patches.count_flops,
          mmengine_patches.load_mmengine_checkpoints, mmengine_patches.apply_offset_learning_rates,
          mmengine_patches.load_old_offsets, mmengine_patches.explain_resuming,
          mmengine_patches.launch_on_cpus, patches.fall_back_on_stride, patches.suppress_in_bfloat16]

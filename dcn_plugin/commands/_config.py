@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from dcn_plugin.convert import logger
+from dcn_plugin.targets import listed
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -55,8 +56,30 @@ def build(config: "Config") -> nn.Module:
     logger.setLevel(logging.WARNING)
     try:
         return MODELS.build(config.model)
+    except TypeError as error:  # such as a misspelt key
+        raise ValueError(str(error)) from error
     finally:
         logger.setLevel(level)
+
+
+def load_weights(model: nn.Module, checkpoint: str) -> None:
+    """Loads a checkpoint whole.
+
+    Raises:
+        ValueError: it lacks tensors that the model has, or has others: the weights would be random, or another model's.
+    """
+    from mmengine.runner.checkpoint import _load_checkpoint, _load_checkpoint_to_model
+
+    loaded = _load_checkpoint(checkpoint, map_location="cpu", logger="silent")
+    state = loaded.get("state_dict", loaded)
+    own = {name for name in model.state_dict() if not name.endswith("num_batches_tracked")}
+    missing, unexpected = sorted(own - state.keys()), sorted(state.keys() - model.state_dict().keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"{checkpoint} is no checkpoint of this config's model: of {len(own)} tensors {len(missing)} are missing "
+            f"({listed(missing) or 'none'}) and {len(unexpected)} are unexpected ({listed(unexpected) or 'none'})"
+        )
+    _load_checkpoint_to_model(model, loaded, strict=True, logger="silent")
 
 
 def image_size(config: "Config") -> tuple[int, int] | None:

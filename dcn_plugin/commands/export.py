@@ -89,8 +89,6 @@ def export(
         raise ValueError(f"a deformable convolution needs ONNX opset 19 or later, not {opset}")
     cfg = _config.load(config, cfg_options)
 
-    from mmengine.runner import load_checkpoint
-
     from dcn_plugin.deploy import images as inputs
     from dcn_plugin.deploy.description import describe, description_of
     from dcn_plugin.deploy.formats import FORMATS as WRITERS
@@ -107,7 +105,7 @@ def export(
     if not path.parent.is_dir():
         raise ValueError(f"{path.parent}: no such folder")
     detector = _config.build(cfg)
-    load_checkpoint(detector, checkpoint, map_location="cpu", logger="silent")
+    _config.load_weights(detector, checkpoint)
 
     network = Network(detector, normalize)
     found = inputs.real_images(cfg, detector, list(image))

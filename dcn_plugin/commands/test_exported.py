@@ -43,7 +43,7 @@ def test_exported(
     cfg = _config.load(config, cfg_options)
 
     from mmengine.registry import RUNNERS
-    from mmengine.runner import Runner, load_checkpoint
+    from mmengine.runner import Runner
 
     from dcn_plugin.deploy import description
     from dcn_plugin.deploy.formats import FORMATS
@@ -59,7 +59,7 @@ def test_exported(
         cfg.visualizer, cfg.experiment_name = None, Path(work_dir).name  # MMEngine keeps those of an earlier run
         kind = cfg.get("runner_type")
         runner = (RUNNERS.get(kind) if kind else Runner).from_cfg(cfg)
-        load_checkpoint(runner.model, checkpoint, map_location="cpu", logger="silent")
+        _config.load_weights(runner.model, checkpoint)
         network = Network(runner.model)
         results = {"PyTorch": _evaluate(runner, network, network)}
         for path, about in zip(paths, descriptions, strict=True):

@@ -23,6 +23,8 @@ from .zero_init import ZeroInitConv2d
 
 logger = logging.getLogger("dcn_plugin")
 
+_loading: tuple[list, set[str]] = ([], set())  # what was said of the state dict that was loaded last
+
 
 def _explicit_padding(
     padding: str | _size_2_t, kernel_size: _size_2_t, stride: _size_2_t, dilation: _size_2_t
@@ -233,16 +235,26 @@ class _PredictsOffsets(_DeformConv):
             destination._metadata[prefix[:-1]].update({name: getattr(self, name) for name in self._in_metadata})
         self._warn_of_dead_offsets(prefix)
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *args):
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
         for name in self._in_metadata:
             own = getattr(self, name)
             trained = local_metadata.get(name, own)
             if own != trained:
-                logger.warning(
-                    f"{prefix[:-1] or type(self).__name__}: the checkpoint was trained with {name}={trained}, but this "
-                    f"layer has {name}={own} and computes something else; set {name}={trained} in its config"
-                )
+                layer, text = prefix[:-1] or type(self).__name__, f"the checkpoint was trained with {name}={trained}"
+                if self._says_once(missing_keys, text):
+                    text += f", but this layer has {name}={own} and computes something else; set {name}={trained}"
+                logger.warning(f"{layer}: {text}")
+
+    @staticmethod
+    def _says_once(loading: list, text: str) -> bool:
+        """Whether a text is new to a loading, which all layers know by the list of missing keys that they share."""
+        global _loading
+        if _loading[0] is not loading:
+            _loading = (loading, set())
+        new = text not in _loading[1]
+        _loading[1].add(text)
+        return new
 
     def _warn_of_dead_offsets(self, prefix):
         """Offsets that are not finite sample nothing: the layer is dead, while the loss stays finite."""
@@ -289,8 +301,8 @@ class ModulatedDeformConv2dPack(_PredictsOffsets, ModulatedDeformConv2d, nn.Conv
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         predicted = self.conv_offset(input)
-        taps = predicted.shape[1] // 3
-        offset, mask = predicted.split([2 * taps, taps], dim=1)
+        taps = self.conv_offset.out_channels // 3
+        offset, mask = predicted.split([2 * taps, taps], dim=-3)  # so that the operator names an unbatched map
         mask = mask.sigmoid()
         if self.mask_scale != 1:
             mask = mask * self.mask_scale

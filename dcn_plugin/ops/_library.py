@@ -125,6 +125,13 @@ def overridable(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
     return public
 
 
+def check_tensors(**arguments: Tensor) -> None:
+    """The check that the dispatcher leaves to the compiled operator, which cannot name the argument."""
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {value!r}")
+
+
 def pair(value, name: str) -> list[int]:
     """An int or two ints as two ints; anything else is a ValueError that names the argument."""
     integers = (int, torch.SymInt)

@@ -5,7 +5,15 @@ from torch import Tensor
 
 from . import _compositions
 from ._derivatives import gradients_of, register_derivatives
-from ._library import check_devices, check_onnx_export, memory_format_of, overridable, pair, register_autocast
+from ._library import (
+    check_devices,
+    check_onnx_export,
+    check_tensors,
+    memory_format_of,
+    overridable,
+    pair,
+    register_autocast,
+)
 
 
 @overridable
@@ -49,10 +57,12 @@ def deform_conv2d(
         (N, Co, Ho, Wo), in input's dtype.
 
     Raises:
+        TypeError: an argument that is no tensor.
         ValueError: stride, padding or dilation are not one or two integers.
         RuntimeError: shapes, dtypes or devices that do not fit together; the message names the argument and both
             shapes. Under autocast all tensors are cast to its dtype first, as for a convolution.
     """
+    check_tensors(input=input, offset=offset, weight=weight)
     return torch.ops.dcn_plugin.deform_conv2d(
         input,
         offset,

@@ -5,7 +5,15 @@ from torch import Tensor
 
 from . import _compositions
 from ._derivatives import gradients_of, register_derivatives
-from ._library import check_devices, check_onnx_export, memory_format_of, overridable, pair, register_autocast
+from ._library import (
+    check_devices,
+    check_onnx_export,
+    check_tensors,
+    memory_format_of,
+    overridable,
+    pair,
+    register_autocast,
+)
 
 
 @overridable
@@ -56,6 +64,7 @@ def deform_ps_roi_pool(
         (K, output_dim, oh, ow), in input's dtype.
 
     Raises:
+        TypeError: an argument that is no tensor.
         ValueError: output_size, group_size or part_size is not one or two integers.
         RuntimeError: shapes, dtypes or devices that do not fit together (the message names the argument and both
             shapes), or, on the CPU, a batch index out of range. On CUDA, where looking would stall the stream, such a
@@ -64,6 +73,7 @@ def deform_ps_roi_pool(
     bins = pair(output_size, "output_size")
     groups = bins if group_size is None else pair(group_size, "group_size")
     parts = bins if part_size is None else pair(part_size, "part_size")
+    check_tensors(input=input, rois=rois)
     return torch.ops.dcn_plugin.deform_ps_roi_pool(
         input, rois, offset, bins, groups, parts, sample_per_part, float(spatial_scale), float(trans_std)
     )

@@ -5,7 +5,15 @@ from torch import Tensor
 
 from . import _compositions
 from ._derivatives import gradients_of, register_derivatives
-from ._library import check_devices, check_onnx_export, memory_format_of, overridable, pair, register_autocast
+from ._library import (
+    check_devices,
+    check_onnx_export,
+    check_tensors,
+    memory_format_of,
+    overridable,
+    pair,
+    register_autocast,
+)
 
 
 @overridable
@@ -48,11 +56,13 @@ def deform_roi_align(
         (K, C, oh, ow), in input's dtype.
 
     Raises:
+        TypeError: an argument that is no tensor.
         ValueError: output_size is not one or two integers.
         RuntimeError: shapes, dtypes or devices that do not fit together (the message names the argument and both
             shapes), or, on the CPU, a batch index out of range. On CUDA, where looking would stall the stream, such a
             RoI gives zeros.
     """
+    check_tensors(input=input, rois=rois)
     return torch.ops.dcn_plugin.deform_roi_align(
         input,
         rois,

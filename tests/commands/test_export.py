@@ -269,3 +269,14 @@ def test_deviations_are_an_error():
             compare(["cls_scores_0"], [[ones]], [[wrong]], 1e-3)
     with pytest.raises(ValueError, match="cls_scores_0: .* in place of"):
         compare(["cls_scores_0"], [[ones]], [[ones[0]]], 1e-3)
+
+
+def test_a_checkpoint_of_another_model_is_an_error(detector, tmp_path):
+    config, checkpoint = detector("fcos")
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    removed = next(name for name in state if "conv_offset" in name)
+    for changed in ({"nothing.weight": torch.zeros(1)}, {n: t for n, t in state.items() if n != removed}):
+        torch.save(dict(state_dict=changed), checkpoint)
+        with pytest.raises(ValueError, match="no checkpoint of this config's model: of .* tensors .* are missing"):
+            export(config, checkpoint, str(tmp_path / "model.pt2"), shape=(64, 96))
+    assert not (tmp_path / "model.pt2").exists()

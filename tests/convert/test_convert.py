@@ -220,6 +220,7 @@ def test_refuses_what_cannot_be_deformable(target, reason, caplog):
         (dict(deform_group=2), "unknown option 'deform_group'; nearest: deform_groups"),
         (dict(type="DCN", mask_scale=1), "unknown option 'mask_scale'"),
         (dict(modul=1), "unknown option 'modul'; there are deform_groups"),
+        (dict(kernel_size="3"), "kernel_size must be an integer or two integers, got '3'"),
         (dict(min_channels="big"), "min_channels must be an integer, got 'big'"),
         (dict(padding=1), "'padding' is no option: a convolution that becomes deformable keeps its own padding"),
         (dict(deform_groups=3), r"layer1.2 \(Conv2d.*divisible by deform_groups \(3\)"),

@@ -227,6 +227,14 @@ class TestMetadata:
         assert "set mask_scale=1.0" in message
         assert not self.warned(caplog, net.state_dict(), nn.Sequential(ModulatedDeformConv2dPack(4, 4, 3)))
 
+    def test_many_layers_say_it_at_length_once(self, caplog):
+        native = nn.Sequential(*(ModulatedDeformConv2dPack(4, 4, 3) for _ in range(3)))
+        converted = nn.Sequential(*(ModulatedDeformConv2dPack(4, 4, 3, mask_scale=2) for _ in range(3)))
+        for _ in range(2):
+            first, *others = self.warned(caplog, native.state_dict(), converted)
+            assert "set mask_scale=1.0" in first
+            assert others == [f"{i}: the checkpoint was trained with mask_scale=1.0" for i in (1, 2)]
+
     @PACKS
     def test_another_max_offset_is_a_warning(self, pack, caplog):
         (message,) = self.warned(caplog, pack(4, 4, 3, max_offset=2).state_dict(), pack(4, 4, 3))
@@ -295,6 +303,9 @@ def test_deform_groups_that_are_no_count(value):
 
 
 @PACKS
-def test_an_unbatched_map_is_refused_by_name(pack):
-    with pytest.raises(RuntimeError, match=r"input must have shape \(N, C, H, W\), got \(4, 5, 5\)"):
-        pack(4, 4, 3)(torch.rand(4, 5, 5))
+@pytest.mark.parametrize("size", [(4, 5, 5), (4, 8, 8), (4, 27, 27)])
+def test_an_unbatched_map_is_refused_by_name(pack, size):
+    with pytest.raises(
+        RuntimeError, match=rf"input must have shape \(N, C, H, W\), got \({', '.join(map(str, size))}\)"
+    ):
+        pack(4, 4, 3, padding=1)(torch.rand(size))

@@ -340,3 +340,10 @@ def test_mixed_devices(name, device):
     tensors[name] = tensors[name].to("meta")
     with pytest.raises(RuntimeError, match=rf"{name} must be on input's device.*\(2, 6, 7, 9\)"):
         deform_conv2d(**tensors, **BASE.options)
+
+
+@pytest.mark.parametrize("name", ["input", "offset", "weight"])
+def test_what_is_no_tensor_is_named(name):
+    arguments = dict(input=torch.rand(1, 4, 5, 5), offset=torch.rand(1, 2, 5, 5), weight=torch.rand(4, 4, 1, 1))
+    with pytest.raises(TypeError, match=f"{name} must be a tensor, got None"):
+        deform_conv2d(**{**arguments, name: None})
