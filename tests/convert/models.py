@@ -1,5 +1,7 @@
 """Small configs of mmdet's backbones, necks and heads: (config, targets, builder of the inputs)."""
 
+from importlib.util import find_spec
+
 import torch
 
 CHANNELS = [8, 16, 24, 32]
@@ -124,6 +126,8 @@ NECKS = {
     "YOLOV3Neck": (dict(num_scales=2, in_channels=[32, 16], out_channels=[16, 8]), "detect2", maps([16, 32])),
     "YOLOXPAFPN": (dict(**FPN, num_csp_blocks=1), "bottom_up_blocks", maps()),
 }
+if find_spec("mmdet.models.necks.clrnet_fpn"):  # onedl-mmdetection's
+    NECKS["CLRFPN"] = (dict(**FPN, num_outs=4), "fpn_convs", maps())
 
 ANCHORS = dict(type="AnchorGenerator", ratios=[1.0], octave_base_scale=8, scales_per_octave=1, strides=[8, 16])
 HEAD = dict(num_classes=3, in_channels=8, feat_channels=8)
