@@ -12,7 +12,7 @@ CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 export OMP_WAIT_POLICY := passive # with a busy neighbour, threads that spin are up to 30 times slower
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo scaled-digits test fuzz lint format docs bench cuda sdist wheel gpu-check clean
+.PHONY: help setup setup-dev demo scaled-digits test fuzz lint format docs bench cuda sdist wheel matrix fork gpu-check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,6 +64,12 @@ sdist: setup-dev  ## make the source distribution, in dist/
 
 wheel: setup-dev  ## make one wheel of the CPU and CUDA operators, for every Python and PyTorch >= 2.10, in dist/
 	tools/make_wheel.sh
+
+matrix: setup  ## run the operators' tests with one wheel on other versions of PyTorch (an hour; VERSIONS="2.10.0 2.15.0")
+	$(BIN)/python tools/matrix.py $(VERSIONS) $(ARGS)
+
+fork: setup  ## run the tests with the living fork of MMDetection: onedl-mmdetection (10 minutes)
+	$(BIN)/python tools/matrix.py fork $(ARGS)
 
 gpu-check:  ## on a machine with an NVIDIA GPU and nvcc: build, test and measure; python3 needs torch alone (OUT=folder)
 	python3 tools/gpu_check.py $(OUT)
