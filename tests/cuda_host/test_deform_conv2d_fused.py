@@ -181,7 +181,7 @@ def test_rule(cuda_host, dtype):
     assert not took_fused(cuda_host, dtype, channels=24, out_channels=24, groups=2)
     assert not took_fused(cuda_host, dtype, channels=24, deform_groups=2)
     # ... and here the table of samples does not fit in shared memory, or columns are asked for.
-    assert not took_fused(cuda_host, dtype, channels=1024, deform_groups=128)
+    assert not took_fused(cuda_host, dtype, channels=2048, deform_groups=256)
     assert not took_fused(cuda_host, dtype, fused=False)
 
 
