@@ -105,9 +105,8 @@ def export(
     if not path.parent.is_dir():
         raise ValueError(f"{path.parent}: no such folder")
     detector = _config.build(cfg)
-    _config.load_weights(detector, checkpoint)
-
     network = Network(detector, normalize)
+    _config.load_weights(detector, checkpoint)
     found = inputs.real_images(cfg, detector, list(image))
     sizes = [(batch, height, width)]
     if dynamic:

@@ -360,7 +360,7 @@ def test_forward_mode_checks_the_arguments_too(device):
         )
 
 
-def test_compiled_transforms(device):
+def test_transforms_in_one_graph(device):
     function, tensors = function_of(CASES["v2"](), device=device)
     torch._dynamo.reset()
     mapped = torch.vmap(lambda x: function(x, *tensors[1:]))
