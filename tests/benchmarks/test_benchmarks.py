@@ -188,7 +188,9 @@ def test_peak_memory_is_what_a_call_held_above_its_result():
         return held[: 40 * mib // 4] * 2
 
     # Blocks past 32 MiB come from the kernel, as all do where the benchmark measures.
-    assert 94 * mib < memory.cpu_peak(call) < 100 * mib  # the 96 it held; the 40 it returns are not counted
+    # Of three, since on a busy machine the kernel's count of resident pages lags behind now and then.
+    peak = max(memory.cpu_peak(call) for _ in range(3))
+    assert 94 * mib < peak < 100 * mib  # the 96 it held; the 40 it returns are not counted
 
 
 def row(case, direction="forward", operator="deform_conv2d", threads=2, skipped=(), **contenders):
