@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pictures
 import torch
-from data import Digits, Split, mnist, rescale, sklearn_digits
+from digit_sets import Digits, Split, mnist, rescale, sklearn_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 

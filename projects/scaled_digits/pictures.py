@@ -4,7 +4,7 @@ import statistics
 from pathlib import Path
 
 import torch
-from data import SIZE, rescale
+from digit_sets import SIZE, rescale
 from torch import Tensor, nn
 from torch.nn import functional as F
 

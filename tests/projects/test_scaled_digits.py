@@ -15,7 +15,7 @@ pytest.importorskip("sklearn", reason="the experiment's digits come from scikit-
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "projects" / "scaled_digits"))
 
-import data
+import digit_sets
 import experiment
 import pictures
 
@@ -38,11 +38,11 @@ def test_all_of_scikit_learns_digits_split_between_forms():
     from sklearn.datasets import load_digits
 
     labels = torch.from_numpy(load_digits().target)
-    ends = data.form_ends(labels)
+    ends = digit_sets.form_ends(labels)
     forms = [labels[start:end].tolist() for start, end in zip([0, *ends], ends, strict=False)]
     assert len(forms) == 14 and ends[-1] == 1797
     assert all(SequenceMatcher(None, forms[0], form, autojunk=False).ratio() > 0.95 for form in forms)
-    digits = data.sklearn_digits()
+    digits = digit_sets.sklearn_digits()
     assert len(digits.test.labels) == ends[3] == 516 and len(digits.train.labels) == 1281
     assert digits.test.labels.tolist() + digits.train.labels.tolist() == labels.tolist()
     assert digits.train.images.shape == (1281, 1, 28, 28)
@@ -52,7 +52,7 @@ def test_all_of_scikit_learns_digits_split_between_forms():
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_mnist_files(tmp_path, suffix):
     write_mnist(tmp_path, suffix=suffix)
-    digits = data.mnist(tmp_path)
+    digits = digit_sets.mnist(tmp_path)
     assert digits.train.images.shape == (70, 1, 28, 28) and digits.test.images.shape == (10, 1, 28, 28)
     assert digits.test.labels.tolist() == list(range(10))
     torch.manual_seed(0)
@@ -78,13 +78,13 @@ def test_mnist_files_that_are_not_as_they_should_be(tmp_path, spoil, message):
     write_mnist(tmp_path)
     spoil(tmp_path)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        data.mnist(tmp_path)
+        digit_sets.mnist(tmp_path)
 
 
 def test_rescale_shrinks_about_the_centre():
     images = torch.zeros(2, 1, 28, 28)
     images[:, :, 4:12, 10:18] = 1
-    same, half = data.rescale(images, torch.tensor([1.0, 0.5]))
+    same, half = digit_sets.rescale(images, torch.tensor([1.0, 0.5]))
     torch.testing.assert_close(same, images[0])
     expected = torch.zeros(1, 28, 28)
     expected[:, 9:13, 12:16] = 1  # each edge half as far from the centre, 14
@@ -96,7 +96,7 @@ def changed(before, after):
 
 
 def test_only_what_is_tuned_changes():
-    digits = data.Split(torch.rand(64, 1, 28, 28), torch.arange(64) % 10)
+    digits = digit_sets.Split(torch.rand(64, 1, 28, 28), torch.arange(64) % 10)
     before, seen = {}, {}
     for name, net, parameters in experiment.networks(digits, width=4, steps=3):
         state = {key: value.clone() for key, value in net.state_dict().items()}
