@@ -1,5 +1,10 @@
+from importlib.util import find_spec
+
 import pytest
 import torch
+
+if find_spec("mmdet"):
+    import dcn_plugin.mmdet  # noqa: F401  before any test imports mmdet's models, which mmcv-lite alone cannot
 
 
 @pytest.fixture(autouse=True)

@@ -84,8 +84,7 @@ def test_custom_keys_come_first():
     ],
     ids=lambda paramwise: "-".join(paramwise),
 )
-def test_all_rules_give_what_they_give_mmcvs_layers(paramwise):
-    mmcv_ops = pytest.importorskip("mmcv.ops")
+def test_all_rules_give_what_they_give_mmcvs_layers(mmcv_ops, paramwise):
     theirs = Nested(mmcv_ops.DeformConv2dPack, mmcv_ops.ModulatedDeformConv2dPack, converted=False)
     mine, theirs = groups(Nested(converted=False), **paramwise), groups(theirs, **paramwise)
     assert mine.keys() == theirs.keys()
