@@ -4,12 +4,13 @@ import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import ParamSpec
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 P = ParamSpec("P")
+R = TypeVar("R")
 
 FOLDER = Path(__file__).parent.parent
 NAMESPACE = "dcn_plugin"
@@ -109,18 +110,34 @@ def register_autocast(operator: str, keep: tuple[str, ...] = ()) -> None:
     register("cuda")
 
 
+def raises_out_of_memory(function: Callable[P, R]) -> Callable[P, R]:
+    """Gives the error of a GPU without enough memory its type in PyTorch, which the stable ABI does not carry."""
+
+    @functools.wraps(function)
+    def caller(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            if type(error) is RuntimeError and "CUDA out of memory" in str(error):
+                raise torch.OutOfMemoryError(str(error)) from None
+            raise
+
+    return caller
+
+
 def overridable(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
     """Lets arguments that override torch's functions (``__torch_function__``) answer a public function's calls.
 
     torch.fx traces by such arguments: the function becomes one node of the graph.
     """
+    call = raises_out_of_memory(function)
 
     @functools.wraps(function)
     def public(*args: P.args, **kwargs: P.kwargs) -> Tensor:
         values = (*args, *kwargs.values())
         if torch.overrides.has_torch_function(values):
             return torch.overrides.handle_torch_function(public, values, *args, **kwargs)
-        return function(*args, **kwargs)
+        return call(*args, **kwargs)
 
     return public
 
