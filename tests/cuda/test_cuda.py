@@ -236,3 +236,13 @@ def test_more_than_2_31_elements(memory_format):
     output.backward(torch.ones_like(output))
     expected.backward(torch.ones_like(expected))
     assert relative_error(input.grad[-1:], last.grad) < 1e-3
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+def test_out_of_memory_is_pytorchs_error(mode):
+    """Of an output of 32 TiB."""
+    offset = torch.zeros(1, 1, 1, 1, device="cuda").expand(1, 2, 2**20, 2**20)
+    tensors = torch.zeros(1, 1, 2, 2, device="cuda"), offset, torch.zeros(8, 1, 1, 1, device="cuda")
+    with mode(), pytest.raises(torch.OutOfMemoryError, match=r"(?s)CUDA out of memory\. Tried to allocate .*1048576\)"):
+        deform_conv2d(*tensors, padding=2**19 - 1)
+    assert torch.ones(1, device="cuda").item() == 1
