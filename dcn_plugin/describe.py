@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.overrides import TorchFunctionMode
 
 from .convert import KINDS
 from .layers import DeformConv2d, ModulatedDeformConv2d
@@ -26,7 +27,8 @@ def describe(model: nn.Module, shape: tuple[int, int] = (800, 1216)) -> str:
         model: any module; it is copied and stays as it is.
         shape: (height, width) of the image that its FLOPs (multiply-adds) are counted for.
     """
-    model = copy.deepcopy(model)
+    with _CopiesResults():
+        model = copy.deepcopy(model)
     names: dict[Any, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, _ConvNd) and not isinstance(module, ZeroInitConv2d):
@@ -73,6 +75,15 @@ def describe(model: nn.Module, shape: tuple[int, int] = (800, 1216)) -> str:
     if any(row[7] == "-" for row in rows):
         footer.append("-: not counted, since it runs on boxes or could not be traced")
     return "\n".join([*_aligned([HEADINGS, *rows]), *footer])
+
+
+class _CopiesResults(TorchFunctionMode):
+    """Lets deepcopy copy tensors that autograd computed, such as the weight that weight_norm leaves in a module."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.__deepcopy__ and not args[0].is_leaf:
+            return args[0].detach().to("meta")
+        return func(*args, **(kwargs or {}))
 
 
 def _trace(model: nn.Module, shape: tuple[int, int]) -> dict:
