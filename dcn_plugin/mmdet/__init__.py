@@ -18,9 +18,14 @@ try:
     provide_mmcv_ext()  # before anything imports mmcv.ops
     import mmdet.models  # noqa: F401
 except Exception as error:
+    if isinstance(error, ModuleNotFoundError) and error.name in ("mmdet", "mmcv"):
+        raise ImportError(
+            f"dcn_plugin.mmdet needs {error.name}, which is not installed: `pip install 'mmdet>=3.0' 'mmcv-lite<2.2'` "
+            "(docs/install.md); without MMDetection, import dcn_plugin.mmengine"
+        ) from error
     raise ImportError(
-        f"dcn_plugin.mmdet needs MMDetection, which does not import ({type(error).__name__}: {error}): install it with "
-        "`pip install 'mmdet>=3.0' 'mmcv-lite<2.2'` (docs/install.md); without MMDetection, import dcn_plugin.mmengine"
+        f"MMDetection is installed, but importing it fails with {type(error).__name__}: {error} (docs/install.md lists "
+        "such errors by their text)"
     ) from error
 
 from . import mmcv_ops, patches
