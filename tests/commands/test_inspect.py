@@ -96,6 +96,29 @@ def test_a_config_that_imports_needs_no_note(config, line, capsys):
     assert "note:" not in capsys.readouterr().out
 
 
+def test_prints_no_warnings_of_setuptools(tmp_path):
+    """MMEngine looks for the package of such a base with pkg_resources, which warns that it is deprecated."""
+    pytest.importorskip("mmdet")
+    path = tmp_path / "config.py"
+    path.write_text("_base_ = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'\n")
+    command = [sys.executable, "-m", "dcn_plugin", "inspect", path, "--shape", "64", "64"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "backbone.conv1" in done.stdout, done.stderr
+    assert "pkg_resources" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "normalize", [nn.utils.weight_norm, nn.utils.spectral_norm, nn.utils.parametrizations.weight_norm]
+)
+def test_weights_that_are_computed(normalize):
+    net = Net()
+    normalize(net.stem)
+    net(torch.rand(1, 3, 8, 8))
+    table = describe(convert(net, "DCNv2", "body"), (1000, 1000))
+    assert rows(table)["stem"].endswith(f"{4 * 3 * 9 * 0.25e6 / 1e9:.2f} G")
+    net(torch.rand(1, 3, 8, 8)).sum().backward()  # the model itself is as before
+
+
 def test_says_when_nothing_could_be_traced():
     class Untraceable(Net):
         def forward(self, x):
@@ -110,6 +133,9 @@ def test_says_when_nothing_could_be_traced():
         (["{}", "--cfg-options", "model.deformable.targets=stage3"], "nothing in ResNet; nearest: layer3"),
         (["nowhere.py"], "nowhere.py"),
         (["nopackage::x.py"], "no package 'nopackage'"),
+        (["mmdet::nope.py"], "mmdet::nope.py: mmdet has no such config$"),
+        (["mmdet::fcos/fcos_r50_fpn_gn-head_1x_coco.py"], "mmdet has no such config; nearest: fcos/fcos_r"),
+        (["torch::x.py"], "torch has no such config"),
     ],
 )
 def test_errors_are_one_line(config, arguments, message):

@@ -1,5 +1,8 @@
 """MMDetection on mmcv-lite, in fresh interpreters where ``mmcv._ext`` is missing, whichever mmcv is installed."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -112,6 +115,13 @@ sys.argv = ["dcn_plugin.mmdet", {str(script)!r}, "config.py", "--work-dir", "out
 runpy.run_module("dcn_plugin.mmdet", run_name="__main__")
 """
     assert run_on_lite(code).splitlines()[-1] == "ran"
+
+
+def test_a_script_that_is_not_there_is_one_sentence(tmp_path):
+    command = [sys.executable, "-m", "dcn_plugin.mmdet", str(tmp_path / "nope.py")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == f"error: {command[-1]}: no such file"
+    assert "Traceback" not in done.stderr
 
 
 DETECTOR = """
