@@ -82,8 +82,8 @@ def modulated_deform_conv_forward(
     with_bias: bool,
     **geometry,
 ) -> None:
-    bias = bias if with_bias else None
-    output.copy_(deform_conv2d(input, offset, weight, bias, mask=mask, **_modulated(geometry)))
+    added = bias if with_bias else None
+    output.copy_(deform_conv2d(input, offset, weight, added, mask=mask, **_modulated(geometry)))
 
 
 def modulated_deform_conv_backward(
