@@ -28,9 +28,10 @@ inline std::optional<Sizes> sizes(const std::optional<Tensor>& t) {
 
 inline Sizes sizes(const IntList& list) { return {list.data(), list.size()}; }
 
-inline void check_same_device(const Tensor& t, const Tensor& input, const char* name) {
-  check(t.device() == input.device(), name, " must be on input's device (shapes: input ", sizes(input), ", ", name, " ",
-        sizes(t), ")");
+inline void check_same_device(const Tensor& t, const Tensor& input, const char* name,
+                              const char* input_name = "input") {
+  check(t.device() == input.device(), name, " must be on ", input_name, "'s device (shapes: ", input_name, " ",
+        sizes(input), ", ", name, " ", sizes(t), ")");
 }
 
 // Throws unless `t` has input's dtype and device.

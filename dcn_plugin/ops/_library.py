@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parent.parent
 NAMESPACE = "dcn_plugin"
 OPERATORS = tuple(
     name + suffix
-    for name in ("deform_conv2d", "deform_roi_align", "deform_ps_roi_pool")
+    for name in ("deform_conv2d", "deform_roi_align", "deform_ps_roi_pool", "ms_deform_attn")
     for suffix in ("", "_backward")
 )
 
@@ -158,13 +158,13 @@ def pair(value, name: str) -> list[int]:
     return list(values)
 
 
-def check_devices(input: torch.Tensor, **others: torch.Tensor | None) -> None:
+def check_devices(input: torch.Tensor, input_name: str = "input", /, **others: torch.Tensor | None) -> None:
     """The check that fake kernels share with csrc/tensor.h, for tensors on the meta device."""
     for name, other in others.items():
         if other is not None and other.device != input.device:
             raise RuntimeError(
-                f"{name} must be on input's device {input.device}, got {other.device} "
-                f"(shapes: input {tuple(input.shape)}, {name} {tuple(other.shape)})"
+                f"{name} must be on {input_name}'s device {input.device}, got {other.device} "
+                f"(shapes: {input_name} {tuple(input.shape)}, {name} {tuple(other.shape)})"
             )
 
 
