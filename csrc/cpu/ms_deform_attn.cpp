@@ -12,49 +12,67 @@ DCN_KERNELS(MSDeformAttnKernels, ms_deform_attn_kernels)
 namespace dcn::cpu {
 namespace {
 
-// Owns what SampleLevels points to.
-class LevelTable {
- public:
-  LevelTable(const MSDeformAttnShape& s, const Tensor& spatial_shapes) {
-    const Tensor contiguous = torch::stable::contiguous(spatial_shapes);
-    const int64_t* sizes = data<int64_t>(contiguous);
-    check_level_sizes(s, sizes);
-    for (int64_t head = 0; head < s.heads; ++head) {
-      int64_t start = 0;
-      for (int64_t l = 0; l < s.levels; ++l) {
-        const Level level = level_from(start, sizes[2 * l], sizes[2 * l + 1], s.keys);
-        height_.insert(height_.end(), s.points, level.height);
-        width_.insert(width_.end(), s.points, level.width);
-        start_.insert(start_.end(), s.points, level.start);
-        start = level.end();
-      }
-    }
-  }
-  SampleLevels view() const { return {height_.data(), width_.data(), start_.data()}; }
+std::vector<Level> read_levels(const MSDeformAttnShape& s, const Tensor& spatial_shapes) {
+  const Tensor contiguous = torch::stable::contiguous(spatial_shapes);
+  const int64_t* sizes = data<int64_t>(contiguous);
+  check_level_sizes(s, sizes);
+  std::vector<Level> levels;
+  for (int64_t l = 0, start = 0; l < s.levels; start = levels.back().end(), ++l)
+    levels.push_back(level_from(start, sizes[2 * l], sizes[2 * l + 1], s.keys));
+  return levels;
+}
 
- private:
-  std::vector<int32_t> height_, width_, start_;
-};
+// Calls run<T, Element>() with the types to compute in and to read values in. Half is converted to float.
+template <class Run>
+void with_types(ScalarType type, Run run) {
+  if (type == ScalarType::Double)
+    run.template operator()<double, double>();
+  else if (type == ScalarType::BFloat16)
+    run.template operator()<float, Bfloat16>();
+  else
+    run.template operator()<float, float>();
+}
+
+ScalarType element_type(ScalarType type) { return type == ScalarType::Half ? ScalarType::Float : type; }
+
+template <class T, class Element, class Weights>
+auto weights_data(const Weights& weights, bool narrow) {
+  return AttnWeights<T, Element>{narrow ? nullptr : data<T>(weights), narrow ? data<Element>(weights) : nullptr};
+}
 
 Tensor forward(const Tensor& value, const Tensor& spatial_shapes, const Tensor& sampling_locations,
                const Tensor& attention_weights) {
   const auto shape = checked_shape(value, spatial_shapes, sampling_locations, attention_weights);
-  const LevelTable levels(shape, spatial_shapes);
-  const ScalarType type = compute_type(value.scalar_type());
+  const auto levels = read_levels(shape, spatial_shapes);
+  const ScalarType type = element_type(value.scalar_type()),
+                   weights_type = element_type(attention_weights.scalar_type());
   const Tensor output = empty(value, {shape.batch, shape.queries, shape.pixel_stride()}, type);
-  const auto run = [&]<class T>(T) {
-    const Tensor values = as(value, type), locations = as(sampling_locations, type);
-    const Tensor weights = as(attention_weights, type);
-    const auto& kernels = select_ms_deform_attn_kernels<T>();
-    const AttnForward<T, T> args{shape,          levels.view(), data<T>(values), data<T>(locations), data<T>(weights),
-                                 data<T>(output)};
+  with_types(type, [&]<class T, class Element>() {
+    const Tensor values = as(value, type), locations = as(sampling_locations, compute_type(type));
+    const Tensor weights = as(attention_weights, weights_type);
+    std::vector<int32_t> height, width, start;
+    for (int64_t head = 0; head < shape.heads; ++head)
+      for (const Level& level : levels) {
+        height.insert(height.end(), shape.points, level.height);
+        width.insert(width.end(), shape.points, level.width);
+        start.insert(start.end(), shape.points, level.start);
+      }
+    const AttnForward<T, Element> args{
+        shape,
+        height.data(),
+        width.data(),
+        start.data(),
+        data<Element>(values),
+        data<T>(locations),
+        weights_data<const T, const Element>(weights, weights_type == ScalarType::BFloat16),
+        data<Element>(output)};
+    const auto& functions = select_ms_deform_attn_kernels<T>().template of<Element>();
     const int64_t ranges = divide_up(shape.queries, kAttnQueries);
-    parallel_tasks(shape.batch * ranges, kernels.scratch_bytes(shape), [&](int64_t task, void* scratch) {
+    parallel_tasks(shape.batch * ranges, functions.forward_scratch_bytes(args), [&](int64_t task, void* scratch) {
       const int64_t first = task % ranges * kAttnQueries;
-      kernels.forward(args, task / ranges, first, lesser(kAttnQueries, shape.queries - first), scratch);
+      functions.forward(args, task / ranges, first, lesser(kAttnQueries, shape.queries - first), scratch);
     });
-  };
-  type == ScalarType::Double ? run(double()) : run(float());
+  });
   return type == value.scalar_type() ? output : torch::stable::to(output, value.scalar_type());
 }
 
@@ -66,29 +84,37 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
   check_like_input(grad_output, value, "grad_output");
   check_shape(sizes(grad_output), {shape.batch, shape.queries, shape.pixel_stride()}, "grad_output",
               "(N, Q, heads * D)");
-  const LevelTable levels(shape, spatial_shapes);
-  const ScalarType type = compute_type(value.scalar_type());
-  const auto grad_value = zeroed(make_gradient(need_value, value, type));
-  const auto grad_locations = make_gradient(need_sampling, sampling_locations, type);
-  const auto grad_weights = make_gradient(need_sampling, attention_weights, type);
-  const auto run = [&]<class T>(T) {
-    const Tensor values = as(value, type), locations = as(sampling_locations, type);
-    const Tensor weights = as(attention_weights, type), grad = as(grad_output, type);
-    const auto& kernels = select_ms_deform_attn_kernels<T>();
-    const AttnBackward<T> args{shape,
-                               levels.view(),
-                               data<T>(grad),
-                               data<T>(values),
-                               data<T>(locations),
-                               data<T>(weights),
-                               data<T>(grad_value),
-                               data<T>(grad_locations),
-                               data<T>(grad_weights)};
-    parallel_tasks(shape.batch * shape.heads, kernels.scratch_bytes(shape), [&](int64_t task, void* scratch) {
-      kernels.backward(args, task / shape.heads, task % shape.heads, scratch);
+  const auto levels = read_levels(shape, spatial_shapes);
+  const ScalarType type = element_type(value.scalar_type()),
+                   weights_type = element_type(attention_weights.scalar_type());
+  const auto grad_value = make_gradient(need_value, value, type);
+  const auto grad_locations = make_gradient(need_sampling, sampling_locations, compute_type(type));
+  const auto grad_weights = make_gradient(need_sampling, attention_weights, weights_type);
+  if (need_value || need_sampling)
+    with_types(type, [&]<class T, class Element>() {
+      const Tensor grad = as(grad_output, type), values = as(value, type);
+      const Tensor locations = as(sampling_locations, compute_type(type)),
+                   weights = as(attention_weights, weights_type);
+      const bool narrow = weights_type == ScalarType::BFloat16;
+      int64_t largest = 0;
+      for (const Level& level : levels) largest = std::max<int64_t>(largest, level.end() - level.start);
+      const AttnBackward<T, Element> args{shape,
+                                          levels.data(),
+                                          largest,
+                                          data<Element>(grad),
+                                          data<Element>(values),
+                                          data<T>(locations),
+                                          weights_data<const T, const Element>(weights, narrow),
+                                          data<Element>(grad_value),
+                                          data<T>(grad_locations),
+                                          weights_data<T, Element>(grad_weights, narrow)};
+      const auto& functions = select_ms_deform_attn_kernels<T>().template of<Element>();
+      const int64_t tasks = shape.batch * shape.heads * shape.levels;
+      parallel_tasks(tasks, functions.backward_scratch_bytes(args), [&](int64_t task, void* scratch) {
+        const int64_t head = task / shape.levels;
+        functions.backward(args, head / shape.heads, head % shape.heads, task % shape.levels, scratch);
+      });
     });
-  };
-  type == ScalarType::Double ? run(double()) : run(float());
   return {finished(grad_value, value), finished(grad_locations, sampling_locations),
           finished(grad_weights, attention_weights)};
 }

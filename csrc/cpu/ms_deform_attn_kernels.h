@@ -3,50 +3,74 @@
 //
 // value is read where it lies, in (N, keys, heads, D): a pixel of a head is D channels in a row.
 //   forward   a task is a range of queries of an image
-//   backward  a task is a head of an image, and alone writes to its part of every gradient
+//   backward  a task is a head and a level of an image, and alone writes to its part of every gradient; it adds up its
+//             map's gradient in scratch memory, in the order of the queries
 // So nothing is atomic and results do not depend on the number of threads.
 #pragma once
+#include <type_traits>
+
 #include "../ms_deform_attn_shape.h"
+#include "bfloat16.h"
 
 namespace dcn::cpu {
 
 constexpr int64_t kAttnQueries = 16;  // of a forward task
 
-// Of each sample of a query, (heads, levels, points): its level.
-struct SampleLevels {
-  const int32_t* height;
-  const int32_t* width;
-  const int32_t* start;
+// Attention weights, or their gradients: in the type that is computed in, or in that of the values. One is null, or
+// both where there are none.
+template <class T, class Element>
+struct AttnWeights {
+  T* wide;
+  Element* narrow;
 };
 
 template <class T, class Element>
 struct AttnForward {
   const MSDeformAttnShape& shape;
-  SampleLevels levels;
-  const Element* value;  // (N, keys, heads, D)
-  const T* locations;    // (N, Q, heads, L, P, 2), x first
-  const T* weights;      // (N, Q, heads, L, P)
-  Element* output;       // (N, Q, heads, D)
+  // Of each sample of a query, (heads, levels, points): its level.
+  const int32_t* height;
+  const int32_t* width;
+  const int32_t* start;
+  const Element* value;                         // (N, keys, heads, D)
+  const T* locations;                           // (N, Q, heads, L, P, 2), x first
+  AttnWeights<const T, const Element> weights;  // (N, Q, heads, L, P)
+  Element* output;                              // (N, Q, heads, D)
 };
 
-template <class T>
+template <class T, class Element>
 struct AttnBackward {
   const MSDeformAttnShape& shape;
-  SampleLevels levels;
-  const T* grad_output;  // (N, Q, heads, D)
-  const T* value;        // as above
+  const Level* levels;
+  int64_t largest_level;       // in pixels
+  const Element* grad_output;  // (N, Q, heads, D)
+  const Element* value;        // as above
   const T* locations;
-  const T* weights;
-  T* grad_value;      // zero on entry; these three may be null
-  T* grad_locations;  // both or neither
-  T* grad_weights;
+  AttnWeights<const T, const Element> weights;
+  Element* grad_value;  // these may be null
+  T* grad_locations;    // both or neither
+  AttnWeights<T, Element> grad_weights;
+};
+
+template <class T, class Element>
+struct AttnFunctions {
+  int64_t (*forward_scratch_bytes)(const AttnForward<T, Element>&);
+  void (*forward)(const AttnForward<T, Element>&, int64_t image, int64_t first_query, int64_t queries, void* scratch);
+  int64_t (*backward_scratch_bytes)(const AttnBackward<T, Element>&);
+  void (*backward)(const AttnBackward<T, Element>&, int64_t image, int64_t head, int64_t level, void* scratch);
 };
 
 template <class T>
 struct MSDeformAttnKernels {
-  int64_t (*scratch_bytes)(const MSDeformAttnShape&);
-  void (*forward)(const AttnForward<T, T>&, int64_t image, int64_t first_query, int64_t queries, void* scratch);
-  void (*backward)(const AttnBackward<T>&, int64_t image, int64_t head, void* scratch);
+  AttnFunctions<T, T> own;
+  AttnFunctions<T, Bfloat16> bfloat16;  // null for double
+
+  template <class Element>
+  DCN_MEMBER const AttnFunctions<T, Element>& of() const {
+    if constexpr (std::is_same_v<Element, T>)
+      return own;
+    else
+      return bfloat16;
+  }
 };
 
 }  // namespace dcn::cpu

@@ -7,53 +7,35 @@ namespace dcn::cpu {
 namespace DCN_ISA {
 namespace {
 
-// The samples of a query: arrays (heads, levels, points).
+constexpr int64_t kBlockSamples = 64;  // of a block of queries in the backward: their table stays in L1
+
+// Where samples fall, and what they weigh.
 template <class T>
-struct Scratch {
-  Scratch(const MSDeformAttnShape& s, Arena arena) {
-    const int64_t samples = s.heads * s.samples();
+struct SampleTable {
+  SampleTable(int64_t samples, Arena& arena) {
     for (auto& p : pixel) p = arena.allocate<int32_t>(samples);
     for (auto& w : weight) w = arena.allocate<T>(samples);
     frac_y = arena.allocate<T>(samples);
     frac_x = arena.allocate<T>(samples);
-    for (auto& d : dot) d = arena.allocate<T>(samples);
-    outside = arena.allocate<T>(s.channels);
-    unused = arena.allocate<T>(s.channels);
-    bytes = arena.used();
   }
-  int32_t* pixel[4];  // keys, or -1 outside the map
+  int32_t* pixel[4];  // -1 outside the map
   T* weight[4];       // bilinear times attention
   T* frac_y;
   T* frac_x;
-  T* dot[4];   // for sampling_gradient
-  T* outside;  // a pixel of zeros
-  T* unused;   // what takes the gradients of pixels outside the map
-  int64_t bytes;
 };
 
+// Fills the table from locations (count, 2), weights (count), and the level of each sample.
 template <class T>
-int64_t scratch_bytes(const MSDeformAttnShape& s) {
-  return Scratch<T>(s, Arena(nullptr)).bytes;
-}
-
-template <class T>
-Scratch<T> prepared(const MSDeformAttnShape& s, void* memory) {
-  const Scratch<T> scratch(s, Arena(memory));
-  for (int64_t c = 0; c < s.channels; ++c) scratch.outside[c] = scratch.unused[c] = T(0);
-  return scratch;
-}
-
-template <class T>
-void locate(const SampleLevels& levels, int64_t count, const T* location, const T* weight, const Scratch<T>& table) {
-  const Scratch<T> to = table;  // local copies, so that the compiler knows the pointers to be constant
-  const SampleLevels level = levels;
+void locate(int64_t count, const T* location, const T* weight, const int32_t* height, const int32_t* width,
+            const int32_t* start, const SampleTable<T>& table) {
+  const SampleTable<T> to = table;  // a local copy, so that the compiler knows its pointers to be constant
 #pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i) {
-    const auto sample = make_sample(locate_share(location[2 * i + 1], level.height[i]),
-                                    locate_share(location[2 * i], level.width[i]), level.width[i]);
+    const auto sample =
+        make_sample(locate_share(location[2 * i + 1], height[i]), locate_share(location[2 * i], width[i]), width[i]);
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) {
-      to.pixel[k][i] = sample.pixel[k] < 0 ? -1 : sample.pixel[k] + level.start[i];
+      to.pixel[k][i] = sample.pixel[k] < 0 ? -1 : sample.pixel[k] + start[i];
       to.weight[k][i] = sample.weight[k] * weight[i];
     }
     to.frac_y[i] = sample.frac_y;
@@ -62,81 +44,262 @@ void locate(const SampleLevels& levels, int64_t count, const T* location, const 
 }
 
 template <class T>
-void forward(const AttnForward<T, T>& args, int64_t image, int64_t first_query, int64_t queries, void* memory) {
+inline void copy(const T* from, int64_t count, T* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+}
+
+template <class T, class Element>
+inline void copy(AttnWeights<const T, const Element> from, int64_t start, int64_t count, T* to) {
+  if (from.wide) return copy(from.wide + start, count, to);
+  if constexpr (!std::is_same_v<Element, T>)
+    for_each_vector<T>(count, [&](int64_t v, int64_t lanes) {
+      store(to + v * kLanes<T>, load(from.narrow + start + v * kLanes<T>, lanes), lanes);
+    });
+}
+
+template <class T, class Element>
+inline void copy(const T* from, int64_t count, AttnWeights<T, Element> to, int64_t start) {
+  if (to.wide) return copy(from, count, to.wide + start);
+  if constexpr (!std::is_same_v<Element, T>)
+    for_each_vector<T>(count, [&](int64_t v, int64_t lanes) {
+      store(to.narrow + start + v * kLanes<T>, load(from + v * kLanes<T>, lanes), lanes);
+    });
+}
+
+// Calls visit<Vectors>(channel, lanes) for vectors of channels, several at once where there are enough: each has
+// kLanes lanes, but for a last, partial one.
+template <class T, class Visit>
+inline void for_each_channels(int64_t channels, Visit visit) {
+  constexpr int64_t L = kLanes<T>;
+  int64_t c = 0;
+  for (; c + 4 * L <= channels; c += 4 * L) visit.template operator()<4>(c, L);
+  if (c + 2 * L <= channels) visit.template operator()<2>(c, L), c += 2 * L;
+  for (; c < channels; c += L) visit.template operator()<1>(c, lesser(L, channels - c));
+}
+
+template <class T, class Element>
+struct ForwardScratch {
+  ForwardScratch(const AttnForward<T, Element>& args, Arena arena)
+      : table(args.shape.heads * args.shape.samples(), arena) {
+    weights = arena.allocate<T>(args.weights.wide ? 0 : args.shape.heads * args.shape.samples());
+    outside = arena.allocate<Element>(args.shape.channels);
+    bytes = arena.used();
+  }
+  SampleTable<T> table;  // of a query, (heads, levels, points)
+  T* weights;
+  Element* outside;  // a pixel of zeros
+  int64_t bytes;
+};
+
+template <class T, class Element>
+int64_t forward_scratch_bytes(const AttnForward<T, Element>& args) {
+  return ForwardScratch<T, Element>(args, Arena(nullptr)).bytes;
+}
+
+// The weighted sum of samples [begin, end) of the table.
+template <class T, int Vectors, class Element>
+inline void attend(const SampleTable<T>& table, int64_t begin, int64_t end, const Element* map, int64_t stride,
+                   const Element* outside, int64_t lanes, Element* out) {
+  constexpr int L = kLanes<T>;
+  constexpr int kChains = Vectors == 4 ? 2 : 4;  // of additions, which would wait for each other in one
+  Vec<T> sums[kChains][Vectors] = {};
+  for (int64_t i = begin; i < end; ++i) {
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      const int32_t pixel = table.pixel[k][i];
+      const Element* from = pixel < 0 ? outside : map + pixel * stride;
+      const T weight = table.weight[k][i];
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) sums[k % kChains][v] += weight * load(from + v * L, lanes);
+    }
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < Vectors; ++v) {
+#pragma GCC unroll 4
+    for (int chain = 1; chain < kChains; ++chain) sums[0][v] += sums[chain][v];
+    store(out + v * L, sums[0][v], lanes);
+  }
+}
+
+template <class T, class Element>
+void forward(const AttnForward<T, Element>& args, int64_t image, int64_t first_query, int64_t queries, void* memory) {
   const MSDeformAttnShape& s = args.shape;
-  const Scratch<T> table = prepared<T>(s, memory);
+  const ForwardScratch<T, Element> scratch(args, Arena(memory));
+  for (int64_t c = 0; c < s.channels; ++c) scratch.outside[c] = Element{};
   const int64_t samples = s.samples(), stride = s.pixel_stride();
   for (int64_t query = image * s.queries + first_query, end = query + queries; query < end; ++query) {
     const int64_t first = query * s.heads * samples;
-    locate(args.levels, s.heads * samples, args.locations + 2 * first, args.weights + first, table);
+    const T* weights = args.weights.wide + first;
+    if (!args.weights.wide) copy(args.weights, first, s.heads * samples, scratch.weights), weights = scratch.weights;
+    locate(s.heads * samples, args.locations + 2 * first, weights, args.height, args.width, args.start, scratch.table);
     for (int64_t head = 0; head < s.heads; ++head) {
-      const T* map = args.value + image * s.keys * stride + head * s.channels;
-      T* out = args.output + query * stride + head * s.channels;
-      for_each_vector<T>(s.channels, [&](int64_t v, int64_t count) {
-        Vec<T> sum = {};
-        for (int64_t i = head * samples; i < (head + 1) * samples; ++i)
-          for (int k = 0; k < 4; ++k) {
-            const int32_t pixel = table.pixel[k][i];
-            const T* from = pixel < 0 ? table.outside : map + pixel * stride;
-            sum += table.weight[k][i] * load(from + v * kLanes<T>, count);
-          }
-        store(out + v * kLanes<T>, sum, count);
+      const Element* map = args.value + image * s.keys * stride + head * s.channels;
+      Element* out = args.output + query * stride + head * s.channels;
+      for_each_channels<T>(s.channels, [&]<int Vectors>(int64_t c, int64_t lanes) {
+        attend<T, Vectors>(scratch.table, head * samples, (head + 1) * samples, map + c, stride, scratch.outside, lanes,
+                           out + c);
       });
     }
   }
 }
 
-template <class T>
-void backward(const AttnBackward<T>& args, int64_t image, int64_t head, void* memory) {
-  const MSDeformAttnShape& s = args.shape;
-  const Scratch<T> table = prepared<T>(s, memory);
-  const int64_t samples = s.samples(), stride = s.pixel_stride();
-  const int64_t map_start = image * s.keys * stride + head * s.channels;
-  const T* map = args.value + map_start;
-  T* grad_map = args.grad_value ? args.grad_value + map_start : nullptr;
-  for (int64_t query = image * s.queries, end = query + s.queries; query < end; ++query) {
-    const int64_t first = (query * s.heads + head) * samples;
-    const T* weight = args.weights + first;
-    const T* grad = args.grad_output + query * stride + head * s.channels;
-    locate(args.levels, samples, args.locations + 2 * first, weight, table);
-    for (int64_t i = 0; i < samples; ++i) {
-      const T* from[4];
-      T* to[4];
+template <class T, class Element>
+struct BackwardScratch {
+  BackwardScratch(const AttnBackward<T, Element>& args, Arena arena)
+      : queries(divide_up(kBlockSamples, args.shape.points > 0 ? args.shape.points : 1)),
+        rows(divide_up(queries * args.shape.points, kLanes<T>) * kLanes<T>),
+        channels(divide_up(args.shape.channels, kLanes<T>) * kLanes<T>),
+        table(rows, arena) {
+    locations = arena.allocate<T>(2 * rows);
+    weights = arena.allocate<T>(rows);
+    height = arena.allocate<int32_t>(rows);
+    width = arena.allocate<int32_t>(rows);
+    start = arena.allocate<int32_t>(rows);
+    dots = arena.allocate<T>(args.grad_locations ? 4 * rows * kLanes<T> : 0);
+    outside = arena.allocate<Element>(args.shape.channels);
+    unused = arena.allocate<T>(channels);
+    grad_map = arena.allocate<T>(args.grad_value ? args.largest_level * channels : 0);
+    bytes = arena.used();
+  }
+  int64_t queries, rows, channels;  // of a block, and its samples; channels are padded to whole vectors
+  SampleTable<T> table;             // of a block, (queries, points)
+  T* locations;
+  T* weights;
+  int32_t* height;
+  int32_t* width;
+  int32_t* start;
+  T* dots;           // (4, rows) vectors: for sampling_gradient, before the sum over lanes
+  Element* outside;  // a pixel of zeros
+  T* unused;         // what takes the gradients of pixels outside the map
+  T* grad_map;       // (pixels of the level, channels)
+  int64_t bytes;
+};
+
+template <class T, class Element>
+int64_t backward_scratch_bytes(const AttnBackward<T, Element>& args) {
+  return BackwardScratch<T, Element>(args, Arena(nullptr)).bytes;
+}
+
+// For `Vectors` vectors of the channels of a block's queries: adds to grad_map and to dots.
+template <class T, int Vectors, bool kValue, bool kSampling, class Element>
+inline void scatter(const BackwardScratch<T, Element>& scratch, int64_t queries, int64_t points, const Element* grad,
+                    const Element* map, int64_t stride, int64_t channel, int64_t lanes) {
+  constexpr int L = kLanes<T>;
+  const BackwardScratch<T, Element> to = scratch;  // a local copy, as in locate
+  int64_t i = 0;
+  for (int64_t query = 0; query < queries; ++query) {
+    Vec<T> g[Vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) g[v] = load(grad + query * stride + channel + v * L, lanes);
+    for (int64_t p = 0; p < points; ++p, ++i) {
+#pragma GCC unroll 4
       for (int k = 0; k < 4; ++k) {
-        const int32_t pixel = table.pixel[k][i];
-        from[k] = pixel < 0 ? table.outside : map + pixel * stride;
-        to[k] = pixel < 0 || !grad_map ? table.unused : grad_map + pixel * stride;
-      }
-      Vec<T> dots[4] = {};
-      for_each_vector<T>(s.channels, [&](int64_t v, int64_t count) {
-        const Vec<T> g = load(grad + v * kLanes<T>, count);
-        for (int k = 0; k < 4; ++k) {
-          dots[k] += g * load(from[k] + v * kLanes<T>, count);
-          T* sums = to[k] + v * kLanes<T>;
-          store(sums, load(sums, count) + table.weight[k][i] * g, count);
+        const int32_t pixel = to.table.pixel[k][i];
+        if (kSampling) {
+          const Element* from = pixel < 0 ? to.outside : map + pixel * stride + channel;
+          T* dot = to.dots + (k * to.rows + i) * L;
+          Vec<T> total = g[0] * load(from, lanes);
+#pragma GCC unroll 4
+          for (int v = 1; v < Vectors; ++v) total += g[v] * load(from + v * L, lanes);
+          store(dot, channel == 0 ? total : load(dot) + total);
         }
-      });
-      for (int k = 0; k < 4; ++k) table.dot[k][i] = sum<T>(dots[k]);
-    }
-    if (!args.grad_locations) continue;
-    T* grad_location = args.grad_locations + 2 * first;
-    T* grad_weight = args.grad_weights + first;
-    for (int64_t i = 0; i < samples; ++i) {
-      const auto sample = make_sample<T>({0, 0, table.frac_y[i]}, {0, 0, table.frac_x[i]}, 0);
-      const T dot[4] = {table.dot[0][i], table.dot[1][i], table.dot[2][i], table.dot[3][i]};
-      const auto gradient = sampling_gradient(sample, dot, weight[i]);
-      grad_location[2 * i] = gradient.x * T(args.levels.width[i]);
-      grad_location[2 * i + 1] = gradient.y * T(args.levels.height[i]);
-      grad_weight[i] = gradient.mask;
+        if (kValue) {
+          T* sums = pixel < 0 ? to.unused : to.grad_map + pixel * to.channels + channel;
+          const T weight = to.table.weight[k][i];
+#pragma GCC unroll 4
+          for (int v = 0; v < Vectors; ++v) store(sums + v * L, load(sums + v * L) + weight * g[v]);
+        }
+      }
     }
   }
+}
+
+// The gradients of a block's locations, (count, 2), and weights, in place of these.
+template <class T, class Element>
+void sampling_gradients(const BackwardScratch<T, Element>& scratch, int64_t count, Level level) {
+  constexpr int64_t L = kLanes<T>;
+  const BackwardScratch<T, Element> from = scratch;  // a local copy, as in locate
+  T* dot[4];
+  for (int k = 0; k < 4; ++k) {
+    dot[k] = from.dots + k * from.rows * L;
+    for (int64_t i = 0; i < count; i += L) store(dot[k] + i, sums(dot[k] + i * L));
+  }
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) {
+    // Only the weights, without attention's, and the fractions are needed here, not the pixels.
+    const auto sample = make_sample<T>({0, 0, from.table.frac_y[i]}, {0, 0, from.table.frac_x[i]}, 0);
+    const T dots[4] = {dot[0][i], dot[1][i], dot[2][i], dot[3][i]};
+    const auto gradient = sampling_gradient(sample, dots, from.weights[i]);
+    from.locations[2 * i] = gradient.x * T(level.width);
+    from.locations[2 * i + 1] = gradient.y * T(level.height);
+    from.weights[i] = gradient.mask;
+  }
+}
+
+template <class T, bool kValue, bool kSampling, class Element>
+void backward(const AttnBackward<T, Element>& args, int64_t image, int64_t head, int64_t index, void* memory) {
+  const MSDeformAttnShape& s = args.shape;
+  const BackwardScratch<T, Element> scratch(args, Arena(memory));
+  const Level level = args.levels[index];
+  const int64_t pixels = level.end() - level.start, stride = s.pixel_stride();
+  const int64_t map = (image * s.keys + level.start) * stride + head * s.channels;
+  for (int64_t c = 0; c < s.channels; ++c) scratch.outside[c] = Element{};
+  for (int64_t c = 0; c < scratch.channels; ++c) scratch.unused[c] = T(0);
+  for (int64_t c = 0; kValue && c < pixels * scratch.channels; ++c) scratch.grad_map[c] = T(0);
+  for (int64_t i = 0; i < scratch.rows; ++i)
+    scratch.height[i] = level.height, scratch.width[i] = level.width, scratch.start[i] = 0;
+  for (int64_t begin = 0; begin < s.queries; begin += scratch.queries) {
+    const int64_t queries = lesser(scratch.queries, s.queries - begin), count = queries * s.points;
+    const int64_t query = image * s.queries + begin;
+    const auto first_sample = [&](int64_t q) { return (((query + q) * s.heads + head) * s.levels + index) * s.points; };
+    for (int64_t q = 0; q < queries; ++q) {
+      copy(args.locations + 2 * first_sample(q), 2 * s.points, scratch.locations + 2 * q * s.points);
+      copy(args.weights, first_sample(q), s.points, scratch.weights + q * s.points);
+    }
+    locate(count, scratch.locations, scratch.weights, scratch.height, scratch.width, scratch.start, scratch.table);
+    for_each_channels<T>(s.channels, [&]<int Vectors>(int64_t channel, int64_t lanes) {
+      scatter<T, Vectors, kValue, kSampling>(scratch, queries, s.points,
+                                             args.grad_output + query * stride + head * s.channels, args.value + map,
+                                             stride, channel, lanes);
+    });
+    if (!kSampling) continue;
+    sampling_gradients(scratch, count, level);
+    for (int64_t q = 0; q < queries; ++q) {
+      copy(scratch.locations + 2 * q * s.points, 2 * s.points, args.grad_locations + 2 * first_sample(q));
+      copy(scratch.weights + q * s.points, s.points, args.grad_weights, first_sample(q));
+    }
+  }
+  for (int64_t pixel = 0; kValue && pixel < pixels; ++pixel)
+    for_each_vector<T>(s.channels, [&](int64_t v, int64_t lanes) {
+      store(args.grad_value + map + pixel * stride + v * kLanes<T>,
+            load(scratch.grad_map + pixel * scratch.channels + v * kLanes<T>), lanes);
+    });
+}
+
+template <class T, class Element>
+void backward(const AttnBackward<T, Element>& args, int64_t image, int64_t head, int64_t level, void* memory) {
+  if (!args.grad_value)
+    backward<T, false, true>(args, image, head, level, memory);
+  else if (!args.grad_locations)
+    backward<T, true, false>(args, image, head, level, memory);
+  else
+    backward<T, true, true>(args, image, head, level, memory);
+}
+
+template <class T, class Element>
+AttnFunctions<T, Element> functions() {
+  return {forward_scratch_bytes<T, Element>, forward<T, Element>, backward_scratch_bytes<T, Element>,
+          backward<T, Element>};
 }
 
 }  // namespace
 
 template <class T>
 MSDeformAttnKernels<T> ms_deform_attn_kernels() {
-  return {scratch_bytes<T>, forward<T>, backward<T>};
+  if constexpr (sizeof(T) == sizeof(float))
+    return {functions<T, T>(), functions<T, Bfloat16>()};
+  else
+    return {functions<T, T>(), {}};
 }
 template MSDeformAttnKernels<float> ms_deform_attn_kernels();
 template MSDeformAttnKernels<double> ms_deform_attn_kernels();

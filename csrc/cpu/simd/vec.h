@@ -4,6 +4,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 
 #include "../bfloat16.h"
 
@@ -33,13 +34,17 @@ struct VectorOf;
 template <>
 struct VectorOf<float> {
   typedef float type __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t indices __attribute__((vector_size(kVectorBytes)));
 };
 template <>
 struct VectorOf<double> {
   typedef double type __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t indices __attribute__((vector_size(kVectorBytes)));
 };
 template <class T>
 using Vec = typename VectorOf<T>::type;
+template <class T>
+using LaneIndices = typename VectorOf<T>::indices;
 
 template <class T>
 static inline Vec<T> load(const T* p) {
@@ -115,6 +120,33 @@ static inline T sum(Vec<T> v) {
   for (int half = kLanes<T> / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
   return lane[0];
+}
+
+// Every second lane of `a` and then of `b`, from `First` on.
+template <class T, int First>
+static inline Vec<T> every_second(Vec<T> a, Vec<T> b) {
+  return [&]<int... I>(std::integer_sequence<int, I...>) {
+#ifdef __clang__
+    return __builtin_shufflevector(a, b, (First + 2 * I)...);
+#else
+    return __builtin_shuffle(a, b, LaneIndices<T>{(First + 2 * I)...});
+#endif
+  }(std::make_integer_sequence<int, kLanes<T>>());
+}
+
+// The sums of each of as many vectors as one has lanes.
+template <class T>
+static inline Vec<T> sums(const T* vectors) {
+  constexpr int L = kLanes<T>;
+  Vec<T> v[L];
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) v[i] = load(vectors + i * L);
+#pragma GCC unroll 4
+  for (int n = L / 2; n > 0; n /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i)
+      v[i] = every_second<T, 0>(v[2 * i], v[2 * i + 1]) + every_second<T, 1>(v[2 * i], v[2 * i + 1]);
+  return v[0];
 }
 
 }  // namespace dcn::cpu::DCN_ISA
