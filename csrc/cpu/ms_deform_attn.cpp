@@ -50,12 +50,13 @@ Tensor forward(const Tensor& value, const Tensor& spatial_shapes, const Tensor& 
   with_types(type, [&]<class T, class Element>() {
     const Tensor values = as(value, type), locations = as(sampling_locations, compute_type(type));
     const Tensor weights = as(attention_weights, weights_type);
-    std::vector<int32_t> height, width, start;
+    std::vector<int32_t> height, width;
+    std::vector<int64_t> start;
     for (int64_t head = 0; head < shape.heads; ++head)
       for (const Level& level : levels) {
         height.insert(height.end(), shape.points, level.height);
         width.insert(width.end(), shape.points, level.width);
-        start.insert(start.end(), shape.points, level.start);
+        start.insert(start.end(), shape.points, level.start * shape.pixel_stride() + head * shape.channels);
       }
     const AttnForward<T, Element> args{
         shape,

@@ -27,10 +27,10 @@ struct AttnWeights {
 template <class T, class Element>
 struct AttnForward {
   const MSDeformAttnShape& shape;
-  // Of each sample of a query, (heads, levels, points): its level.
+  // Of each sample of a query, (heads, levels, points): its map's size, and where that starts among an image's values.
   const int32_t* height;
   const int32_t* width;
-  const int32_t* start;
+  const int64_t* start;
   const Element* value;                         // (N, keys, heads, D)
   const T* locations;                           // (N, Q, heads, L, P, 2), x first
   AttnWeights<const T, const Element> weights;  // (N, Q, heads, L, P)

@@ -27,7 +27,7 @@ struct SampleTable {
 // Fills the table from locations (count, 2), weights (count), and the level of each sample.
 template <class T>
 void locate(int64_t count, const T* location, const T* weight, const int32_t* height, const int32_t* width,
-            const int32_t* start, const SampleTable<T>& table) {
+            const SampleTable<T>& table) {
   const SampleTable<T> to = table;  // a local copy, so that the compiler knows its pointers to be constant
 #pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i) {
@@ -35,11 +35,28 @@ void locate(int64_t count, const T* location, const T* weight, const int32_t* he
         make_sample(locate_share(location[2 * i + 1], height[i]), locate_share(location[2 * i], width[i]), width[i]);
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) {
-      to.pixel[k][i] = sample.pixel[k] < 0 ? -1 : sample.pixel[k] + start[i];
+      to.pixel[k][i] = sample.pixel[k];
       to.weight[k][i] = sample.weight[k] * weight[i];
     }
     to.frac_y[i] = sample.frac_y;
     to.frac_x[i] = sample.frac_x;
+  }
+}
+
+// Pointers to the table's pixels, which a head's map, or each sample's, holds at a distance of `stride`; to `outside`
+// for those outside the map. (Choosing here, where it is vectorised, and not where they are read: a branch there is
+// often mispredicted, and nothing is read ahead of it.)
+template <class T, class Element>
+inline void point(const SampleTable<T>& table, int64_t count, Element* map, const int64_t* start, int64_t stride,
+                  Element* outside, Element** const pointers[4]) {
+  for (int k = 0; k < 4; ++k) {
+    const int32_t* pixel = table.pixel[k];
+    Element** to = pointers[k];
+#pragma GCC ivdep
+    for (int64_t i = 0; i < count; ++i) {
+      Element* const inside = map + (start ? start[i] : 0) + pixel[i] * stride;
+      to[i] = pixel[i] < 0 ? outside : inside;
+    }
   }
 }
 
@@ -81,11 +98,13 @@ template <class T, class Element>
 struct ForwardScratch {
   ForwardScratch(const AttnForward<T, Element>& args, Arena arena)
       : table(args.shape.heads * args.shape.samples(), arena) {
+    for (auto& p : pixel) p = arena.allocate<const Element*>(args.shape.heads * args.shape.samples());
     weights = arena.allocate<T>(args.weights.wide ? 0 : args.shape.heads * args.shape.samples());
     outside = arena.allocate<Element>(args.shape.channels);
     bytes = arena.used();
   }
   SampleTable<T> table;  // of a query, (heads, levels, points)
+  const Element** pixel[4];
   T* weights;
   Element* outside;  // a pixel of zeros
   int64_t bytes;
@@ -98,27 +117,27 @@ int64_t forward_scratch_bytes(const AttnForward<T, Element>& args) {
 
 // The weighted sum of samples [begin, end) of the table.
 template <class T, int Vectors, class Element>
-inline void attend(const SampleTable<T>& table, int64_t begin, int64_t end, const Element* map, int64_t stride,
-                   const Element* outside, int64_t lanes, Element* out) {
-  constexpr int L = kLanes<T>;
-  constexpr int kChains = Vectors == 4 ? 2 : 4;  // of additions, which would wait for each other in one
+inline void attend(const ForwardScratch<T, Element>& scratch, int64_t begin, int64_t end, int64_t channel,
+                   int64_t lanes, Element* out) {
+  constexpr int kChains = Vectors == 4 ? 2 : 4;     // of additions, which would wait for each other in one
+  const ForwardScratch<T, Element> from = scratch;  // a local copy, as in locate
   Vec<T> sums[kChains][Vectors] = {};
   for (int64_t i = begin; i < end; ++i) {
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) {
-      const int32_t pixel = table.pixel[k][i];
-      const Element* from = pixel < 0 ? outside : map + pixel * stride;
-      const T weight = table.weight[k][i];
+      const Element* pixel = from.pixel[k][i] + channel;
+      const T weight = from.table.weight[k][i];
+      Vec<T> value[Vectors];
+      load_many(pixel, lanes, value);
 #pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) sums[k % kChains][v] += weight * load(from + v * L, lanes);
+      for (int v = 0; v < Vectors; ++v) sums[k % kChains][v] += weight * value[v];
     }
   }
 #pragma GCC unroll 4
-  for (int v = 0; v < Vectors; ++v) {
+  for (int chain = 1; chain < kChains; ++chain)
 #pragma GCC unroll 4
-    for (int chain = 1; chain < kChains; ++chain) sums[0][v] += sums[chain][v];
-    store(out + v * L, sums[0][v], lanes);
-  }
+    for (int v = 0; v < Vectors; ++v) sums[0][v] += sums[chain][v];
+  store_many(out, sums[0], lanes);
 }
 
 template <class T, class Element>
@@ -126,18 +145,17 @@ void forward(const AttnForward<T, Element>& args, int64_t image, int64_t first_q
   const MSDeformAttnShape& s = args.shape;
   const ForwardScratch<T, Element> scratch(args, Arena(memory));
   for (int64_t c = 0; c < s.channels; ++c) scratch.outside[c] = Element{};
-  const int64_t samples = s.samples(), stride = s.pixel_stride();
+  const int64_t samples = s.samples(), stride = s.pixel_stride(), count = s.heads * samples;
+  const Element* maps = args.value + image * s.keys * stride;
   for (int64_t query = image * s.queries + first_query, end = query + queries; query < end; ++query) {
-    const int64_t first = query * s.heads * samples;
-    const T* weights = args.weights.wide + first;
-    if (!args.weights.wide) copy(args.weights, first, s.heads * samples, scratch.weights), weights = scratch.weights;
-    locate(s.heads * samples, args.locations + 2 * first, weights, args.height, args.width, args.start, scratch.table);
+    const T* weights = args.weights.wide + query * count;
+    if (!args.weights.wide) copy(args.weights, query * count, count, scratch.weights), weights = scratch.weights;
+    locate(count, args.locations + 2 * query * count, weights, args.height, args.width, scratch.table);
+    point<T, const Element>(scratch.table, count, maps, args.start, stride, scratch.outside, scratch.pixel);
     for (int64_t head = 0; head < s.heads; ++head) {
-      const Element* map = args.value + image * s.keys * stride + head * s.channels;
       Element* out = args.output + query * stride + head * s.channels;
-      for_each_channels<T>(s.channels, [&]<int Vectors>(int64_t c, int64_t lanes) {
-        attend<T, Vectors>(scratch.table, head * samples, (head + 1) * samples, map + c, stride, scratch.outside, lanes,
-                           out + c);
+      for_each_channels<T>(s.channels, [&]<int Vectors>(int64_t channel, int64_t lanes) {
+        attend<T, Vectors>(scratch, head * samples, (head + 1) * samples, channel, lanes, out + channel);
       });
     }
   }
@@ -154,7 +172,8 @@ struct BackwardScratch {
     weights = arena.allocate<T>(rows);
     height = arena.allocate<int32_t>(rows);
     width = arena.allocate<int32_t>(rows);
-    start = arena.allocate<int32_t>(rows);
+    for (auto& p : pixel) p = arena.allocate<const Element*>(args.grad_locations ? rows : 0);
+    for (auto& p : grad_pixel) p = arena.allocate<T*>(args.grad_value ? rows : 0);
     dots = arena.allocate<T>(args.grad_locations ? 4 * rows * kLanes<T> : 0);
     outside = arena.allocate<Element>(args.shape.channels);
     unused = arena.allocate<T>(channels);
@@ -167,7 +186,8 @@ struct BackwardScratch {
   T* weights;
   int32_t* height;
   int32_t* width;
-  int32_t* start;
+  const Element** pixel[4];
+  T** grad_pixel[4];
   T* dots;           // (4, rows) vectors: for sampling_gradient, before the sum over lanes
   Element* outside;  // a pixel of zeros
   T* unused;         // what takes the gradients of pixels outside the map
@@ -183,28 +203,28 @@ int64_t backward_scratch_bytes(const AttnBackward<T, Element>& args) {
 // For `Vectors` vectors of the channels of a block's queries: adds to grad_map and to dots.
 template <class T, int Vectors, bool kValue, bool kSampling, class Element>
 inline void scatter(const BackwardScratch<T, Element>& scratch, int64_t queries, int64_t points, const Element* grad,
-                    const Element* map, int64_t stride, int64_t channel, int64_t lanes) {
+                    int64_t stride, int64_t channel, int64_t lanes) {
   constexpr int L = kLanes<T>;
   const BackwardScratch<T, Element> to = scratch;  // a local copy, as in locate
   int64_t i = 0;
   for (int64_t query = 0; query < queries; ++query) {
     Vec<T> g[Vectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) g[v] = load(grad + query * stride + channel + v * L, lanes);
+    load_many(grad + query * stride + channel, lanes, g);
     for (int64_t p = 0; p < points; ++p, ++i) {
 #pragma GCC unroll 4
       for (int k = 0; k < 4; ++k) {
-        const int32_t pixel = to.table.pixel[k][i];
         if (kSampling) {
-          const Element* from = pixel < 0 ? to.outside : map + pixel * stride + channel;
+          const Element* from = to.pixel[k][i] + channel;
           T* dot = to.dots + (k * to.rows + i) * L;
-          Vec<T> total = g[0] * load(from, lanes);
+          Vec<T> value[Vectors];
+          load_many(from, lanes, value);
+          Vec<T> total = g[0] * value[0];
 #pragma GCC unroll 4
-          for (int v = 1; v < Vectors; ++v) total += g[v] * load(from + v * L, lanes);
+          for (int v = 1; v < Vectors; ++v) total += g[v] * value[v];
           store(dot, channel == 0 ? total : load(dot) + total);
         }
         if (kValue) {
-          T* sums = pixel < 0 ? to.unused : to.grad_map + pixel * to.channels + channel;
+          T* sums = to.grad_pixel[k][i] + channel;
           const T weight = to.table.weight[k][i];
 #pragma GCC unroll 4
           for (int v = 0; v < Vectors; ++v) store(sums + v * L, load(sums + v * L) + weight * g[v]);
@@ -246,8 +266,7 @@ void backward(const AttnBackward<T, Element>& args, int64_t image, int64_t head,
   for (int64_t c = 0; c < s.channels; ++c) scratch.outside[c] = Element{};
   for (int64_t c = 0; c < scratch.channels; ++c) scratch.unused[c] = T(0);
   for (int64_t c = 0; kValue && c < pixels * scratch.channels; ++c) scratch.grad_map[c] = T(0);
-  for (int64_t i = 0; i < scratch.rows; ++i)
-    scratch.height[i] = level.height, scratch.width[i] = level.width, scratch.start[i] = 0;
+  for (int64_t i = 0; i < scratch.rows; ++i) scratch.height[i] = level.height, scratch.width[i] = level.width;
   for (int64_t begin = 0; begin < s.queries; begin += scratch.queries) {
     const int64_t queries = lesser(scratch.queries, s.queries - begin), count = queries * s.points;
     const int64_t query = image * s.queries + begin;
@@ -256,11 +275,15 @@ void backward(const AttnBackward<T, Element>& args, int64_t image, int64_t head,
       copy(args.locations + 2 * first_sample(q), 2 * s.points, scratch.locations + 2 * q * s.points);
       copy(args.weights, first_sample(q), s.points, scratch.weights + q * s.points);
     }
-    locate(count, scratch.locations, scratch.weights, scratch.height, scratch.width, scratch.start, scratch.table);
+    locate(count, scratch.locations, scratch.weights, scratch.height, scratch.width, scratch.table);
+    if (kSampling)
+      point<T, const Element>(scratch.table, count, args.value + map, nullptr, stride, scratch.outside, scratch.pixel);
+    if (kValue)
+      point<T, T>(scratch.table, count, scratch.grad_map, nullptr, scratch.channels, scratch.unused,
+                  scratch.grad_pixel);
     for_each_channels<T>(s.channels, [&]<int Vectors>(int64_t channel, int64_t lanes) {
-      scatter<T, Vectors, kValue, kSampling>(scratch, queries, s.points,
-                                             args.grad_output + query * stride + head * s.channels, args.value + map,
-                                             stride, channel, lanes);
+      scatter<T, Vectors, kValue, kSampling>(
+          scratch, queries, s.points, args.grad_output + query * stride + head * s.channels, stride, channel, lanes);
     });
     if (!kSampling) continue;
     sampling_gradients(scratch, count, level);
@@ -270,9 +293,10 @@ void backward(const AttnBackward<T, Element>& args, int64_t image, int64_t head,
     }
   }
   for (int64_t pixel = 0; kValue && pixel < pixels; ++pixel)
-    for_each_vector<T>(s.channels, [&](int64_t v, int64_t lanes) {
-      store(args.grad_value + map + pixel * stride + v * kLanes<T>,
-            load(scratch.grad_map + pixel * scratch.channels + v * kLanes<T>), lanes);
+    for_each_channels<T>(s.channels, [&]<int Vectors>(int64_t channel, int64_t lanes) {
+      Vec<T> sums[Vectors];
+      load_many<Vectors, T>(scratch.grad_map + pixel * scratch.channels + channel, kLanes<T>, sums);
+      store_many(args.grad_value + map + pixel * stride + channel, sums, lanes);
     });
 }
 

@@ -90,11 +90,15 @@ static inline Vec<float> load(const Bfloat16* p) {
   return reinterpret_cast<Vec<float>>(__builtin_convertvector(half, FloatBits) << 16);
 }
 
-static inline void store(Bfloat16* p, Vec<float> v) {
+// Rounded to bfloat16, in the upper half of each lane; the lower is undefined.
+static inline FloatBits rounded(Vec<float> v) {
   const FloatBits bits = reinterpret_cast<FloatBits>(v);
-  const FloatBits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  const FloatBits quiet_nan = FloatBits{} + 0x7fc0;
-  const HalfBits half = __builtin_convertvector(v == v ? rounded : quiet_nan, HalfBits);
+  const FloatBits quiet_nan = FloatBits{} + 0x7fc00000;
+  return v == v ? bits + 0x7fff + (bits >> 16 & 1) : quiet_nan;
+}
+
+static inline void store(Bfloat16* p, Vec<float> v) {
+  const HalfBits half = __builtin_convertvector(rounded(v) >> 16, HalfBits);
   __builtin_memcpy(p, &half, sizeof(half));
 }
 
@@ -120,6 +124,52 @@ static inline T sum(Vec<T> v) {
   for (int half = kLanes<T> / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
   return lane[0];
+}
+
+// Several vectors of elements in a row, in an order that only store_many need know: it is their own but for an even
+// number of vectors of Bfloat16, where each two hold the even and the odd elements of their place, which costs less.
+template <int Vectors, class T>
+static inline void load_many(const T* p, int64_t count, Vec<T> (&v)[Vectors]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < Vectors; ++i) v[i] = load(p + i * kLanes<T>, count);
+}
+
+template <int Vectors, class T>
+static inline void store_many(T* p, const Vec<T> (&v)[Vectors], int64_t count) {
+#pragma GCC unroll 4
+  for (int i = 0; i < Vectors; ++i) store(p + i * kLanes<T>, v[i], count);
+}
+
+template <int Vectors>
+static inline void load_many(const Bfloat16* p, int64_t count, Vec<float> (&v)[Vectors]) {
+  constexpr int L = kLanes<float>;
+  if constexpr (Vectors % 2 == 1) {
+#pragma GCC unroll 4
+    for (int i = 0; i < Vectors; ++i) v[i] = load(p + i * L, count);
+  } else {
+#pragma GCC unroll 4
+    for (int i = 0; i < Vectors; i += 2) {
+      FloatBits pairs;
+      __builtin_memcpy(&pairs, p + i * L, sizeof(pairs));
+      v[i] = reinterpret_cast<Vec<float>>(pairs << 16);
+      v[i + 1] = reinterpret_cast<Vec<float>>(pairs & 0xffff0000u);
+    }
+  }
+}
+
+template <int Vectors>
+static inline void store_many(Bfloat16* p, const Vec<float> (&v)[Vectors], int64_t count) {
+  constexpr int L = kLanes<float>;
+  if constexpr (Vectors % 2 == 1) {
+#pragma GCC unroll 4
+    for (int i = 0; i < Vectors; ++i) store(p + i * L, v[i], count);
+  } else {
+#pragma GCC unroll 4
+    for (int i = 0; i < Vectors; i += 2) {
+      const FloatBits pairs = rounded(v[i]) >> 16 | (rounded(v[i + 1]) & 0xffff0000u);
+      __builtin_memcpy(p + i * L, &pairs, sizeof(pairs));
+    }
+  }
 }
 
 // Every second lane of `a` and then of `b`, from `First` on.
