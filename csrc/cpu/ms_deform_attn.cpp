@@ -22,6 +22,15 @@ std::vector<Level> read_levels(const MSDeformAttnShape& s, const Tensor& spatial
   return levels;
 }
 
+// As few ranges as give every thread a task, where there are `heads` of them in all images. (Results are the same.)
+std::vector<LevelRange> divide_levels(int64_t levels, int64_t heads) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t count = std::max<int64_t>(lesser(levels, divide_up(threads, std::max<int64_t>(heads, 1))), 1);
+  std::vector<LevelRange> ranges;
+  for (int64_t i = 0; i < count; ++i) ranges.push_back({i * levels / count, (i + 1) * levels / count});
+  return ranges;
+}
+
 // Calls run<T, Element>() with the types to compute in and to read values in. Half is converted to float.
 template <class Run>
 void with_types(ScalarType type, Run run) {
@@ -97,11 +106,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
       const Tensor locations = as(sampling_locations, compute_type(type)),
                    weights = as(attention_weights, weights_type);
       const bool narrow = weights_type == ScalarType::BFloat16;
-      int64_t largest = 0;
-      for (const Level& level : levels) largest = std::max<int64_t>(largest, level.end() - level.start);
       const AttnBackward<T, Element> args{shape,
                                           levels.data(),
-                                          largest,
                                           data<Element>(grad),
                                           data<Element>(values),
                                           data<T>(locations),
@@ -110,10 +116,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
                                           data<T>(grad_locations),
                                           weights_data<T, Element>(grad_weights, narrow)};
       const auto& functions = select_ms_deform_attn_kernels<T>().template of<Element>();
-      const int64_t tasks = shape.batch * shape.heads * shape.levels;
-      parallel_tasks(tasks, functions.backward_scratch_bytes(args), [&](int64_t task, void* scratch) {
-        const int64_t head = task / shape.levels;
-        functions.backward(args, head / shape.heads, head % shape.heads, task % shape.levels, scratch);
+      const int64_t heads = shape.batch * shape.heads;
+      const auto ranges = divide_levels(shape.levels, heads);
+      int64_t bytes = 0;
+      for (const LevelRange& range : ranges) bytes = std::max(bytes, functions.backward_scratch_bytes(args, range));
+      const int64_t count = static_cast<int64_t>(ranges.size());
+      parallel_tasks(heads * count, bytes, [&](int64_t task, void* scratch) {
+        const int64_t head = task / count;
+        functions.backward(args, head / shape.heads, head % shape.heads, ranges[task % count], scratch);
       });
     });
   return {finished(grad_value, value), finished(grad_locations, sampling_locations),

@@ -3,8 +3,9 @@
 //
 // value is read where it lies, in (N, keys, heads, D): a pixel of a head is D channels in a row.
 //   forward   a task is a range of queries of an image
-//   backward  a task is a head and a level of an image, and alone writes to its part of every gradient; it adds up its
-//             map's gradient in scratch memory, in the order of the queries
+//   backward  a task is a head and a range of levels of an image, and alone writes to its part of every gradient; it
+//             adds up its maps' gradient in scratch memory, in the order of the queries. Ranges are of one level only
+//             where that takes to occupy all threads: they share cache lines of the locations and weights
 // So nothing is atomic and results do not depend on the number of threads.
 #pragma once
 #include <type_traits>
@@ -24,6 +25,14 @@ struct AttnWeights {
   Element* narrow;
 };
 
+struct LevelRange {
+  int64_t begin, end;
+
+  DCN_MEMBER int64_t pixels(const Level* levels) const {
+    return begin < end ? levels[end - 1].end() - levels[begin].start : 0;
+  }
+};
+
 template <class T, class Element>
 struct AttnForward {
   const MSDeformAttnShape& shape;
@@ -41,7 +50,6 @@ template <class T, class Element>
 struct AttnBackward {
   const MSDeformAttnShape& shape;
   const Level* levels;
-  int64_t largest_level;       // in pixels
   const Element* grad_output;  // (N, Q, heads, D)
   const Element* value;        // as above
   const T* locations;
@@ -55,8 +63,8 @@ template <class T, class Element>
 struct AttnFunctions {
   int64_t (*forward_scratch_bytes)(const AttnForward<T, Element>&);
   void (*forward)(const AttnForward<T, Element>&, int64_t image, int64_t first_query, int64_t queries, void* scratch);
-  int64_t (*backward_scratch_bytes)(const AttnBackward<T, Element>&);
-  void (*backward)(const AttnBackward<T, Element>&, int64_t image, int64_t head, int64_t level, void* scratch);
+  int64_t (*backward_scratch_bytes)(const AttnBackward<T, Element>&, LevelRange);
+  void (*backward)(const AttnBackward<T, Element>&, int64_t image, int64_t head, LevelRange, void* scratch);
 };
 
 template <class T>

@@ -43,21 +43,28 @@ void locate(int64_t count, const T* location, const T* weight, const int32_t* he
   }
 }
 
-// Pointers to the table's pixels, which a head's map, or each sample's, holds at a distance of `stride`; to `outside`
-// for those outside the map. (Choosing here, where it is vectorised, and not where they are read: a branch there is
+// Pointers to the table's pixels, `stride` apart from where each sample's map starts; to `outside` for those outside
+// the map. (Choosing here, where it is vectorised, and not where they are read: a branch there is
 // often mispredicted, and nothing is read ahead of it.)
 template <class T, class Element>
-inline void point(const SampleTable<T>& table, int64_t count, Element* map, const int64_t* start, int64_t stride,
+inline void point(const SampleTable<T>& table, int64_t count, Element* maps, const int64_t* start, int64_t stride,
                   Element* outside, Element** const pointers[4]) {
   for (int k = 0; k < 4; ++k) {
     const int32_t* pixel = table.pixel[k];
     Element** to = pointers[k];
 #pragma GCC ivdep
     for (int64_t i = 0; i < count; ++i) {
-      Element* const inside = map + (start ? start[i] : 0) + pixel[i] * stride;
+      Element* const inside = maps + start[i] + pixel[i] * stride;
       to[i] = pixel[i] < 0 ? outside : inside;
     }
   }
+}
+
+// `count` elements that will be read, or written, soon. (Rows of one head lie too far apart for the processor to
+// guess.)
+template <bool kWrite = false, class T>
+inline void prefetch(const T* p, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + i, kWrite);
 }
 
 template <class T>
@@ -163,54 +170,60 @@ void forward(const AttnForward<T, Element>& args, int64_t image, int64_t first_q
 
 template <class T, class Element>
 struct BackwardScratch {
-  BackwardScratch(const AttnBackward<T, Element>& args, Arena arena)
-      : queries(divide_up(kBlockSamples, args.shape.points > 0 ? args.shape.points : 1)),
-        rows(divide_up(queries * args.shape.points, kLanes<T>) * kLanes<T>),
+  BackwardScratch(const AttnBackward<T, Element>& args, LevelRange range, Arena arena)
+      : samples((range.end - range.begin) * args.shape.points),
+        queries(divide_up(kBlockSamples, samples > 0 ? samples : 1)),
+        rows(divide_up(queries * samples, kLanes<T>) * kLanes<T>),
         channels(divide_up(args.shape.channels, kLanes<T>) * kLanes<T>),
         table(rows, arena) {
     locations = arena.allocate<T>(2 * rows);
     weights = arena.allocate<T>(rows);
     height = arena.allocate<int32_t>(rows);
     width = arena.allocate<int32_t>(rows);
+    start = arena.allocate<int64_t>(rows);
+    grad_start = arena.allocate<int64_t>(rows);
     for (auto& p : pixel) p = arena.allocate<const Element*>(args.grad_locations ? rows : 0);
     for (auto& p : grad_pixel) p = arena.allocate<T*>(args.grad_value ? rows : 0);
     dots = arena.allocate<T>(args.grad_locations ? 4 * rows * kLanes<T> : 0);
     outside = arena.allocate<Element>(args.shape.channels);
     unused = arena.allocate<T>(channels);
-    grad_map = arena.allocate<T>(args.grad_value ? args.largest_level * channels : 0);
+    grad_map = arena.allocate<T>(args.grad_value ? range.pixels(args.levels) * channels : 0);
     bytes = arena.used();
   }
+  int64_t samples;                  // of a query
   int64_t queries, rows, channels;  // of a block, and its samples; channels are padded to whole vectors
-  SampleTable<T> table;             // of a block, (queries, points)
+  SampleTable<T> table;             // of a block, (queries, samples)
   T* locations;
   T* weights;
-  int32_t* height;
+  int32_t* height;  // of each sample's map
   int32_t* width;
+  int64_t* start;       // where it begins among an image's values
+  int64_t* grad_start;  // and in grad_map
   const Element** pixel[4];
   T** grad_pixel[4];
   T* dots;           // (4, rows) vectors: for sampling_gradient, before the sum over lanes
   Element* outside;  // a pixel of zeros
   T* unused;         // what takes the gradients of pixels outside the map
-  T* grad_map;       // (pixels of the level, channels)
+  T* grad_map;       // (pixels of the levels, channels)
   int64_t bytes;
 };
 
 template <class T, class Element>
-int64_t backward_scratch_bytes(const AttnBackward<T, Element>& args) {
-  return BackwardScratch<T, Element>(args, Arena(nullptr)).bytes;
+int64_t backward_scratch_bytes(const AttnBackward<T, Element>& args, LevelRange range) {
+  return BackwardScratch<T, Element>(args, range, Arena(nullptr)).bytes;
 }
 
 // For `Vectors` vectors of the channels of a block's queries: adds to grad_map and to dots.
 template <class T, int Vectors, bool kValue, bool kSampling, class Element>
-inline void scatter(const BackwardScratch<T, Element>& scratch, int64_t queries, int64_t points, const Element* grad,
-                    int64_t stride, int64_t channel, int64_t lanes) {
+inline void scatter(const BackwardScratch<T, Element>& scratch, int64_t queries, const Element* grad, int64_t stride,
+                    int64_t channel, int64_t lanes) {
   constexpr int L = kLanes<T>;
   const BackwardScratch<T, Element> to = scratch;  // a local copy, as in locate
   int64_t i = 0;
   for (int64_t query = 0; query < queries; ++query) {
     Vec<T> g[Vectors];
     load_many(grad + query * stride + channel, lanes, g);
-    for (int64_t p = 0; p < points; ++p, ++i) {
+    for (int64_t p = 0; p < to.samples; ++p, ++i) {
 #pragma GCC unroll 4
       for (int k = 0; k < 4; ++k) {
         if (kSampling) {
@@ -236,7 +249,7 @@ inline void scatter(const BackwardScratch<T, Element>& scratch, int64_t queries,
 
 // The gradients of a block's locations, (count, 2), and weights, in place of these.
 template <class T, class Element>
-void sampling_gradients(const BackwardScratch<T, Element>& scratch, int64_t count, Level level) {
+void sampling_gradients(const BackwardScratch<T, Element>& scratch, int64_t count) {
   constexpr int64_t L = kLanes<T>;
   const BackwardScratch<T, Element> from = scratch;  // a local copy, as in locate
   T* dot[4];
@@ -250,64 +263,81 @@ void sampling_gradients(const BackwardScratch<T, Element>& scratch, int64_t coun
     const auto sample = make_sample<T>({0, 0, from.table.frac_y[i]}, {0, 0, from.table.frac_x[i]}, 0);
     const T dots[4] = {dot[0][i], dot[1][i], dot[2][i], dot[3][i]};
     const auto gradient = sampling_gradient(sample, dots, from.weights[i]);
-    from.locations[2 * i] = gradient.x * T(level.width);
-    from.locations[2 * i + 1] = gradient.y * T(level.height);
+    from.locations[2 * i] = gradient.x * T(from.width[i]);
+    from.locations[2 * i + 1] = gradient.y * T(from.height[i]);
     from.weights[i] = gradient.mask;
   }
 }
 
 template <class T, bool kValue, bool kSampling, class Element>
-void backward(const AttnBackward<T, Element>& args, int64_t image, int64_t head, int64_t index, void* memory) {
+void backward(const AttnBackward<T, Element>& args, int64_t image, int64_t head, LevelRange range, void* memory) {
   const MSDeformAttnShape& s = args.shape;
-  const BackwardScratch<T, Element> scratch(args, Arena(memory));
-  const Level level = args.levels[index];
-  const int64_t pixels = level.end() - level.start, stride = s.pixel_stride();
-  const int64_t map = (image * s.keys + level.start) * stride + head * s.channels;
+  const BackwardScratch<T, Element> scratch(args, range, Arena(memory));
+  const int64_t stride = s.pixel_stride(), pixels = range.pixels(args.levels);
+  const int64_t first_pixel = range.begin < range.end ? args.levels[range.begin].start : 0;
+  const int64_t map = image * s.keys * stride + head * s.channels;
   for (int64_t c = 0; c < s.channels; ++c) scratch.outside[c] = Element{};
   for (int64_t c = 0; c < scratch.channels; ++c) scratch.unused[c] = T(0);
   for (int64_t c = 0; kValue && c < pixels * scratch.channels; ++c) scratch.grad_map[c] = T(0);
-  for (int64_t i = 0; i < scratch.rows; ++i) scratch.height[i] = level.height, scratch.width[i] = level.width;
+  for (int64_t i = 0; i < scratch.queries * scratch.samples; ++i) {
+    const Level level = args.levels[range.begin + i % scratch.samples / s.points];
+    scratch.height[i] = level.height;
+    scratch.width[i] = level.width;
+    scratch.start[i] = level.start * stride;
+    scratch.grad_start[i] = (level.start - first_pixel) * scratch.channels;
+  }
   for (int64_t begin = 0; begin < s.queries; begin += scratch.queries) {
-    const int64_t queries = lesser(scratch.queries, s.queries - begin), count = queries * s.points;
+    const int64_t queries = lesser(scratch.queries, s.queries - begin), count = queries * scratch.samples;
     const int64_t query = image * s.queries + begin;
-    const auto first_sample = [&](int64_t q) { return (((query + q) * s.heads + head) * s.levels + index) * s.points; };
+    const auto first_sample = [&](int64_t q) {
+      return (((query + q) * s.heads + head) * s.levels + range.begin) * s.points;
+    };
     for (int64_t q = 0; q < queries; ++q) {
-      copy(args.locations + 2 * first_sample(q), 2 * s.points, scratch.locations + 2 * q * s.points);
-      copy(args.weights, first_sample(q), s.points, scratch.weights + q * s.points);
+      const int64_t next = first_sample(q + scratch.queries);
+      prefetch(args.locations + 2 * next, 2 * scratch.samples);
+      if (args.weights.wide) prefetch(args.weights.wide + next, scratch.samples);
+      prefetch(args.grad_output + (query + q + scratch.queries) * stride + head * s.channels, s.channels);
+      if (kSampling) {
+        prefetch<true>(args.grad_locations + 2 * next, 2 * scratch.samples);
+        if (args.grad_weights.wide) prefetch<true>(args.grad_weights.wide + next, scratch.samples);
+      }
+      copy(args.locations + 2 * first_sample(q), 2 * scratch.samples, scratch.locations + 2 * q * scratch.samples);
+      copy(args.weights, first_sample(q), scratch.samples, scratch.weights + q * scratch.samples);
     }
     locate(count, scratch.locations, scratch.weights, scratch.height, scratch.width, scratch.table);
     if (kSampling)
-      point<T, const Element>(scratch.table, count, args.value + map, nullptr, stride, scratch.outside, scratch.pixel);
+      point<T, const Element>(scratch.table, count, args.value + map, scratch.start, stride, scratch.outside,
+                              scratch.pixel);
     if (kValue)
-      point<T, T>(scratch.table, count, scratch.grad_map, nullptr, scratch.channels, scratch.unused,
+      point<T, T>(scratch.table, count, scratch.grad_map, scratch.grad_start, scratch.channels, scratch.unused,
                   scratch.grad_pixel);
+    const Element* grad = args.grad_output + query * stride + head * s.channels;
     for_each_channels<T>(s.channels, [&]<int Vectors>(int64_t channel, int64_t lanes) {
-      scatter<T, Vectors, kValue, kSampling>(
-          scratch, queries, s.points, args.grad_output + query * stride + head * s.channels, stride, channel, lanes);
+      scatter<T, Vectors, kValue, kSampling>(scratch, queries, grad, stride, channel, lanes);
     });
     if (!kSampling) continue;
-    sampling_gradients(scratch, count, level);
+    sampling_gradients(scratch, count);
     for (int64_t q = 0; q < queries; ++q) {
-      copy(scratch.locations + 2 * q * s.points, 2 * s.points, args.grad_locations + 2 * first_sample(q));
-      copy(scratch.weights + q * s.points, s.points, args.grad_weights, first_sample(q));
+      copy(scratch.locations + 2 * q * scratch.samples, 2 * scratch.samples, args.grad_locations + 2 * first_sample(q));
+      copy(scratch.weights + q * scratch.samples, scratch.samples, args.grad_weights, first_sample(q));
     }
   }
   for (int64_t pixel = 0; kValue && pixel < pixels; ++pixel)
     for_each_channels<T>(s.channels, [&]<int Vectors>(int64_t channel, int64_t lanes) {
       Vec<T> sums[Vectors];
       load_many<Vectors, T>(scratch.grad_map + pixel * scratch.channels + channel, kLanes<T>, sums);
-      store_many(args.grad_value + map + pixel * stride + channel, sums, lanes);
+      store_many(args.grad_value + map + (first_pixel + pixel) * stride + channel, sums, lanes);
     });
 }
 
 template <class T, class Element>
-void backward(const AttnBackward<T, Element>& args, int64_t image, int64_t head, int64_t level, void* memory) {
+void backward(const AttnBackward<T, Element>& args, int64_t image, int64_t head, LevelRange range, void* memory) {
   if (!args.grad_value)
-    backward<T, false, true>(args, image, head, level, memory);
+    backward<T, false, true>(args, image, head, range, memory);
   else if (!args.grad_locations)
-    backward<T, true, false>(args, image, head, level, memory);
+    backward<T, true, false>(args, image, head, range, memory);
   else
-    backward<T, true, true>(args, image, head, level, memory);
+    backward<T, true, true>(args, image, head, range, memory);
 }
 
 template <class T, class Element>
