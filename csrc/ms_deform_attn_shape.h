@@ -27,7 +27,7 @@ struct Level {
 // it is empty and samples nothing, so that kernels which cannot raise an error read nothing out of bounds.
 DCN_INLINE Level level_from(int64_t start, int64_t height, int64_t width, int64_t keys) {
   const int64_t left = keys - start;
-  const bool fits = height > 0 && width > 0 && width <= left && height <= left / width;
+  const bool fits = height > 0 && width > 0 && height <= left && width <= left && height * width <= left;
   return {fits ? static_cast<int32_t>(height) : 0, fits ? static_cast<int32_t>(width) : 0, static_cast<int32_t>(start)};
 }
 
