@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch.nn import functional as F
 
-from dcn_plugin.ops import deform_conv2d, deform_ps_roi_pool, deform_roi_align
+from dcn_plugin.ops import deform_conv2d, deform_ps_roi_pool, deform_roi_align, ms_deform_attn
 
 from . import peers
 from .roofline import SAMPLE
@@ -237,6 +237,66 @@ class PSRoI(RoI):
         yield Contender("dcn_plugin", ours, (maps, offset), floor, operations=self.operations(levels))
 
 
+@dataclass(frozen=True)
+class Attention(Case):
+    """Multi-scale deformable attention as in Deformable DETR, over the levels of two images: 8 heads of 32 channels, 4
+    points. Queries are the maps' pixels, which sample near themselves, as in its encoder; or a few anywhere, as in its
+    decoder.
+
+    The floor is the same of PyTorch's own operators: a grid_sample for each level.
+    """
+
+    queries: int | None = None  # None: the maps' pixels
+    heads: int = 8
+    channels: int = 32  # of a head
+    points: int = 4
+    offset_pixels: float = 2.0  # standard deviation, on each level
+    strides: tuple = (8, 16, 32, 64)
+
+    operator = "ms_deform_attn"
+
+    @property
+    def maps(self):
+        return [tuple(-(-size // stride) for size in IMAGE) for stride in self.strides]
+
+    def locations(self):
+        """(N, Q, heads, L, P, 2)"""
+        sizes = torch.tensor(self.maps).flip(1)[:, None]
+        if self.queries is None:
+            axes = [[(torch.arange(n) + 0.5) / n for n in size] for size in self.maps]
+            centres = torch.cat([torch.cartesian_prod(*pair).flip(1) for pair in axes])
+        else:
+            centres = torch.rand(self.queries, 2)
+        centres = centres[None, :, None, None, None]
+        offset = torch.randn(IMAGES, centres.shape[1], self.heads, len(self.maps), self.points, 2)
+        pixels = centres * sizes + offset * self.offset_pixels
+        # Never on a pixel's centre, where gradients jump and float32 falls on either side of it.
+        return ((pixels * 8).floor() + 0.25) / 8 / sizes
+
+    def contenders(self, device, threads):
+        locations = self.locations().to(device).requires_grad_()
+        samples = locations.shape[:-1]
+        weights = torch.rand(samples, device=device).flatten(3).softmax(3).view(samples)
+        maps = torch.tensor(self.maps, device=device)
+        keys = sum(height * width for height, width in self.maps)
+        value = self.leaf(torch.randn(IMAGES, keys, self.heads, self.channels, device=device))
+        tensors = dict(value=value, maps=maps, locations=locations, weights=self.leaf(weights))
+        leaves = value, locations, tensors["weights"]
+        floor = "grid_sample"
+        yield Contender(
+            "dcn_plugin",
+            lambda: ms_deform_attn(*tensors.values()),
+            leaves,
+            floor,
+            operations=(SAMPLE + 2) * self.channels * prod(samples),
+        )
+        yield Contender(
+            floor, lambda: peers.attention_by_grid_sample(self.maps, **tensors), leaves, floor, "dcn_plugin"
+        )
+        for name, run in peers.attention(tensors, device):
+            yield Contender(name, run, leaves, floor, "dcn_plugin", optional=True)
+
+
 C4_VARIANTS = {
     "c4 1x1": dict(kernel=1),
     "c4 5x5": dict(kernel=5),
@@ -277,6 +337,8 @@ def cuda_cases():
     for dtype, tf32 in ((torch.bfloat16, False), (torch.float16, False), (torch.float32, True), (torch.float32, False)):
         for label, shape in stages.items():
             yield Conv(label, dtype, True, tf32, shape=shape, quick=dtype is torch.bfloat16)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield Attention("encoder", dtype, quick=True)
     for dtype in (torch.float32, torch.float16):
         yield RoI("FPN sampling_ratio 2", dtype, True, quick=dtype is torch.float32)
     yield Conv("c4 depthwise", torch.bfloat16, True, shape=stages["c4"], groups=256, quick=True)
@@ -294,6 +356,9 @@ def cuda_cases():
         yield RoI("FPN sampling_ratio 2", dtype)
     yield RoI("FPN sampling_ratio 0", channels_last=True, sampling_ratio=0)
     yield PSRoI("R-FCN")
+    yield Attention("encoder", torch.float16)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield Attention("decoder", dtype, queries=300)
 
 
 def cases(device, threads):

@@ -58,6 +58,10 @@ CUDA_GOALS = (
          ("FPN sampling_ratio 2 channels_last",), BOTH, "deform_roi_align", "torchvision"),
     Goal("forward, to torchvision's", 1 / 5, 1 / 3, LAST, over="torchvision"),
     Goal("with backward, to torchvision's", 1 / 6, 1 / 3, LAST, BOTH, over="torchvision"),
+    *(Goal(f"attention {direction}, float32, to mmcv's kernel", None, 1, ("encoder", "decoder"), direction,
+           "ms_deform_attn", "mmcv") for direction in ("forward", BOTH)),
+    *(Goal(f"attention {direction}, bfloat16, to mmcv's in float32", None, 1 / 1.5, ("encoder bfloat16",), direction,
+           "ms_deform_attn", "mmcv") for direction in ("forward", BOTH)),
 )  # fmt: skip
 GOALS = dict(cpu=CPU_GOALS, cuda=CUDA_GOALS)
 

@@ -144,7 +144,7 @@ def machine_line(results):
 def page(results):
     """The whole Markdown page."""
     sections = {"Goals": goal_table(results)}
-    for operator in ("deform_conv2d", "deform_roi_align", "deform_ps_roi_pool"):
+    for operator in ("deform_conv2d", "deform_roi_align", "deform_ps_roi_pool", "ms_deform_attn"):
         for direction in ("forward", "forward+backward"):
             sections[f"{operator}, {direction}"] = ratio_table(select(results, operator, direction))
     sections |= {

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import dcn_plugin
 from benchmarks import __main__ as program
 from benchmarks import cases, detector, measure, memory, remote, report, roofline
-from benchmarks.cases import Contender, Conv, PSRoI, RoI
+from benchmarks.cases import Attention, Contender, Conv, PSRoI, RoI
 from benchmarks.goals import GOALS, Goal, judge
 from benchmarks.timing import LEAST_ROUNDS, interleave, quartiles, ratios
 
@@ -149,6 +149,8 @@ SMALL = [
     Conv("zeros", shape=(1, 16, 6, 7), offset_pixels=0.0),
     RoI("rois", rois=6, channels=8, channels_last=True),
     PSRoI("ps", rois=6, channels=2),
+    Attention("encoder", heads=2, channels=4, strides=(200, 400)),
+    Attention("decoder", queries=5, heads=2, channels=4, strides=(100, 200)),
 ]
 
 
