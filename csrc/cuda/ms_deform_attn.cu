@@ -11,13 +11,13 @@
 namespace dcn::cuda {
 namespace {
 
-// Kernels count warps, and the samples of a head and level, in 32 bits, and pixels in bytes of 31.
+// Kernels count in 32 bits: warps, a head's samples, the pixels of a strip of map rows, a pixel's bytes.
 void check_sizes(const MSDeformAttnShape& s) {
   constexpr int64_t kMost = INT32_MAX - kAttnThreads;
   check(s.levels <= kMostLevels, "spatial_shapes must have at most ", kMostLevels, " levels on CUDA, got ", s.levels);
   const double rows = static_cast<double>(s.batch) * s.heads * (std::max(s.queries, divide_up(s.keys, 32)) + 1);
   check(rows * divide_up(s.channels, 32) <= kMost && s.queries * s.samples() <= kMost &&
-            s.pixel_stride() <= kMost / static_cast<int64_t>(sizeof(double)),
+            s.keys <= kMost / kAttnStripRows && s.pixel_stride() <= kMost / static_cast<int64_t>(sizeof(double)),
         "value and sampling_locations are too large for one launch: value (", s.batch, ", ", s.keys, ", ", s.heads,
         ", ", s.channels, "), ", s.queries, " queries of ", s.levels, " x ", s.points, " points");
 }
@@ -31,7 +31,7 @@ class Levels {
       const int64_t* const from = data<int64_t>(tensor_);
       check_level_sizes(s, from);
       if (s.levels <= LevelSizes::kParameters) {
-        std::copy_n(from, 2 * s.levels, sizes_.parameter[0]);
+        std::copy_n(from, 2 * s.levels, sizes_.parameter);
         return;
       }
       tensor_ = torch::stable::to(tensor_, value.device(), true);

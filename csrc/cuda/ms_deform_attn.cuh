@@ -23,10 +23,10 @@ constexpr int64_t kMostLevels = 512;  // in shared memory
 struct LevelSizes {
   static constexpr int kParameters = 16;
   const int64_t* memory;  // (L, 2) as (height, width), or null
-  int64_t parameter[kParameters][2];
+  int64_t parameter[2 * kParameters];
 
   __device__ int64_t at(int level, int axis) const {
-    return memory ? memory[2 * level + axis] : parameter[level][axis];
+    return memory ? memory[2 * level + axis] : parameter[2 * level + axis];
   }
 };
 
