@@ -189,10 +189,10 @@ class AttnMap {
  public:
   __device__ AttnMap(T* values, const MSDeformAttnShape& s, const AttnRow& row, int channel)
       : first_(reinterpret_cast<Byte*>(values + (row.image * s.keys * s.heads + row.head) * s.channels + channel)),
-        stride_(static_cast<uint32_t>(s.pixel_stride() * sizeof(T))) {}
-  // Unsigned, so that it is one instruction; not to be read for a pixel of -1.
+        stride_(static_cast<uint32_t>(s.pixel_stride()) * static_cast<uint32_t>(sizeof(T))) {}
+  // Unsigned, so that it is one instruction; not to be read at a pixel of -1.
   __device__ T* at(int32_t pixel) const {
-    return reinterpret_cast<T*>(first_ + static_cast<uint64_t>(static_cast<uint32_t>(pixel)) * stride_);
+    return reinterpret_cast<T*>(first_ + wide_product(static_cast<uint32_t>(pixel), stride_));
   }
 
  private:

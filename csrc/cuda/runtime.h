@@ -21,6 +21,7 @@
 //            Divisor(d).quotient(n)                       n / d, d known before the launch
 //            widen(vec)                                   to_accum of N neighbours
 //            atomic_add(p, x), atomic_add(p, vec)         without a result, so that they compile to reductions
+//            wide_product(a, b)                           of 32-bit numbers, in 64 bits
 //            warp_sum(x, lanes)                           sums over aligned groups of `lanes` neighbouring lanes
 //
 // The shim also checks what CUDA leaves undefined: shared memory is NaN at a block's start, all threads of a block must
@@ -218,6 +219,17 @@ class Divisor {
 
 DCN_DEVICE int64_t thread_index() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
 DCN_DEVICE int64_t thread_count() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
+
+// a * b, in one instruction: nvcc widens a factor that a loop does not change before the loop, and multiplies 64 bits.
+DCN_DEVICE uint64_t wide_product(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+  uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return static_cast<uint64_t>(a) * b;
+#endif
+}
 
 template <class T>
 using Accum = std::conditional_t<std::is_same_v<T, double>, double, float>;
