@@ -28,6 +28,7 @@ class Contender:
     agrees_with: str | None = None  # the contender whose result it must equal
     optional: bool = False  # a peer: where it does not run or agree, it is left out
     operations: int = 0  # multiplications and additions of the forward, for the roofline; 0: unknown
+    gathered: int = 0  # bytes of pixels that its samples read, if they are to count in the roofline
     environment: dict = field(default_factory=dict)  # variables that are set while it runs
 
 
@@ -289,7 +290,11 @@ class Attention(Case):
             leaves,
             floor,
             operations=(SAMPLE + 2) * self.channels * prod(samples),
+            gathered=4 * self.channels * self.dtype.itemsize * prod(samples),
         )
+        if self.dtype.itemsize == 2:
+            wide = [t.detach().float().requires_grad_() for t in leaves]
+            yield Contender("dcn_plugin, float32", lambda: ms_deform_attn(wide[0], maps, *wide[1:]), tuple(wide), floor)
         yield Contender(
             floor, lambda: peers.attention_by_grid_sample(self.maps, **tensors), leaves, floor, "dcn_plugin"
         )
@@ -326,6 +331,9 @@ def cpu_cases(threads):
         yield Conv(f"{label} zero offsets", shape=shape, offset_pixels=0.0)
     yield Conv("c4 v1", shape=stages["c4"], modulated=False)
     yield RoI("FPN sampling_ratio 2", torch.bfloat16)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield Attention("encoder", dtype, memory=True)
+        yield Attention("decoder", dtype, queries=300, quick=True, memory=True)
     for count in sorted({1, 2} - {threads}):
         for label, shape in stages.items():
             yield Conv(label, shape=shape, channels_last=True, threads=count)

@@ -46,8 +46,8 @@ def roofline_cell(row):
     if "roofline" not in row:
         return ""
     found = row["roofline"]
-    by_copy = found["bytes"] / found["copy_bytes_per_second"]
-    return f"{1e3 * found['seconds']:.3g} ({'bytes' if by_copy == found['seconds'] else 'operations'})"
+    by = {found["bytes"] / found["copy_bytes_per_second"]: "bytes", found.get("gathering_seconds"): "gathering"}
+    return f"{1e3 * found['seconds']:.3g} ({by.get(found['seconds'], 'operations')})"
 
 
 def ratio_table(rows):
