@@ -242,6 +242,19 @@ def test_attention_takes_the_pixels_as_queries_in_any_order(dtype):
         assert torch.equal(ms_deform_attn(value, maps, locations[:, part], weights[:, part]), output[:, part])
 
 
+def test_attention_reads_no_level_that_does_not_fit():
+    """The kernels themselves cannot raise an error of shapes that are on the device; the public function asserts."""
+    maps = (40, 52), (20, 26)
+    value, locations, weights = attention_tensors(maps, 100, 8, 32, 4)
+    run = torch.ops.dcn_plugin.ms_deform_attn
+    first_alone = weights * torch.tensor([1.0, 0.0], device="cuda")[:, None]
+    expected = run(value, torch.tensor(maps), locations, first_alone)
+    for size in ((200, 26), (-20, 26), (2**40, 2**40)):
+        shapes = torch.tensor([maps[0], size], device="cuda")
+        assert torch.equal(run(value, shapes, locations, weights), expected)
+        assert torch.equal(run(value, shapes.flip(0), locations.flip(3), weights.flip(3)), expected)
+
+
 @pytest.mark.parametrize("pool", [deform_roi_align, deform_ps_roi_pool])
 def test_roi_of_no_image_gives_zeros(pool):
     input = torch.randn(2, 8, 10, 10, device="cuda", requires_grad=True)
