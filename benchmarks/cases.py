@@ -60,6 +60,10 @@ class Case:
         options = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("quick", "memory", "threads")}
         return dict(operator=self.operator, case=self.name) | options | dict(dtype=str(self.dtype))
 
+    def small(self):
+        """The same with little to do, for cases whose memory is measured."""
+        raise NotImplementedError
+
     def leaf(self, tensor, is_map=False):
         """As an input of the operator; maps and weights have the case's memory format."""
         layout = torch.channels_last if is_map and self.channels_last else torch.contiguous_format
@@ -84,6 +88,9 @@ class Conv(Case):
     modulated: bool = True
 
     operator = "deform_conv2d"
+
+    def small(self):
+        return replace(self, shape=(1, self.shape[1], 8, 8))
 
     @property
     def padding(self):
@@ -240,7 +247,7 @@ class PSRoI(RoI):
 
 @dataclass(frozen=True)
 class Attention(Case):
-    """Multi-scale deformable attention as in Deformable DETR, over the levels of two images: 8 heads of 32 channels, 4
+    """Multi-scale deformable attention as in Deformable DETR, over the levels of images: 8 heads of 32 channels, 4
     points. Queries are the maps' pixels, which sample near themselves, as in its encoder; or a few anywhere, as in its
     decoder.
 
@@ -248,6 +255,7 @@ class Attention(Case):
     """
 
     queries: int | None = None  # None: the maps' pixels
+    images: int = IMAGES
     heads: int = 8
     channels: int = 32  # of a head
     points: int = 4
@@ -255,6 +263,9 @@ class Attention(Case):
     strides: tuple = (8, 16, 32, 64)
 
     operator = "ms_deform_attn"
+
+    def small(self):
+        return replace(self, queries=1, strides=(64,))
 
     @property
     def maps(self):
@@ -269,7 +280,7 @@ class Attention(Case):
         else:
             centres = torch.rand(self.queries, 2)
         centres = centres[None, :, None, None, None]
-        offset = torch.randn(IMAGES, centres.shape[1], self.heads, len(self.maps), self.points, 2)
+        offset = torch.randn(self.images, centres.shape[1], self.heads, len(self.maps), self.points, 2)
         pixels = centres * sizes + offset * self.offset_pixels
         # Never on a pixel's centre, where gradients jump and float32 falls on either side of it.
         return ((pixels * 8).floor() + 0.25) / 8 / sizes
@@ -280,7 +291,7 @@ class Attention(Case):
         weights = torch.rand(samples, device=device).flatten(3).softmax(3).view(samples)
         maps = torch.tensor(self.maps, device=device)
         keys = sum(height * width for height, width in self.maps)
-        value = self.leaf(torch.randn(IMAGES, keys, self.heads, self.channels, device=device))
+        value = self.leaf(torch.randn(self.images, keys, self.heads, self.channels, device=device))
         tensors = dict(value=value, maps=maps, locations=locations, weights=self.leaf(weights))
         leaves = value, locations, tensors["weights"]
         floor = "grid_sample"
@@ -332,8 +343,8 @@ def cpu_cases(threads):
     yield Conv("c4 v1", shape=stages["c4"], modulated=False)
     yield RoI("FPN sampling_ratio 2", torch.bfloat16)
     for dtype in (torch.float32, torch.bfloat16):
-        yield Attention("encoder", dtype, memory=True)
-        yield Attention("decoder", dtype, queries=300, quick=True, memory=True)
+        yield Attention("encoder", dtype, images=1, memory=True)
+        yield Attention("decoder", dtype, queries=300, images=1, quick=True, memory=True)
     for count in sorted({1, 2} - {threads}):
         for label, shape in stages.items():
             yield Conv(label, shape=shape, channels_last=True, threads=count)

@@ -90,7 +90,7 @@ def detector_table(results):
             seconds = found["seconds"][1]
             cells = f"{seconds:.3f}", f"{seconds / row['images']:.3f}", ratio_cell(found)
             lines.append([f"{row['case']}, {row['direction']}", name, *cells])
-    return markdown(["detector", "DCNv2 of", "seconds", "an image", "to plain"], lines)
+    return markdown(["detector", "operators of", "seconds", "an image", "to the floor"], lines)
 
 
 def memory_table(results):
