@@ -4,7 +4,8 @@ Importing it imports :mod:`dcn_plugin.mmengine`, which registers the convolution
 hook, and then, in this order,
 
 - provides the operators that mmcv-lite lacks (:mod:`dcn_plugin.mmdet.mmcv_ext`);
-- runs mmcv's own deformable operators on ours (:mod:`dcn_plugin.mmdet.mmcv_ops`);
+- runs mmcv's own deformable operators on ours (:mod:`dcn_plugin.mmdet.mmcv_ops`) and registers
+  'MultiScaleDeformableAttention', in the place of mmcv's;
 - registers the RoI extractors 'DeformRoIExtractor', 'DeformGenericRoIExtractor' and 'DeformPSRoIExtractor';
 
 and applies :mod:`dcn_plugin.mmdet.patches`.
@@ -40,6 +41,7 @@ from .runner import Runner
 __all__ = ["DeformGenericRoIExtractor", "DeformPSRoIExtractor", "DeformRoIExtractor", "Runner"]
 
 mmcv_ops.replace()
+mmcv_ops.register_attention()
 register_roi_extractors()
 patches.fall_back_on_stride()
 patches.suppress_in_bfloat16()
