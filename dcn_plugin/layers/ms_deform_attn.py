@@ -16,8 +16,8 @@ from .scripting import refuse_scripting
 class MultiScaleDeformableAttention(nn.Module):
     """Multi-scale deformable attention: equation 3 of `Deformable DETR <https://arxiv.org/abs/2010.04159>`_.
 
-    From each query, linear layers predict ``num_points`` offsets and attention weights for each head and each level of a
-    feature pyramid. The values, the maps' pixels through a linear layer, are sampled at the reference point plus the
+    From each query, linear layers predict ``num_points`` offsets and attention weights for each head and each level of
+    a feature pyramid. The values, the maps' pixels through a linear layer, are sampled at the reference point plus the
     offsets, and the samples are summed with the softmax of the weights.
 
     Arguments and state dict are those of mmcv's: ``sampling_offsets``, ``attention_weights``, ``value_proj`` and
@@ -39,8 +39,9 @@ class MultiScaleDeformableAttention(nn.Module):
         ValueError: heads that do not divide the width of queries or values.
     """
 
-    # If set, called with (spatial_shapes, reference_points, sampling_locations); the last of them, the operator gets.
-    observer: Callable[[Tensor | Sequence, Tensor, Tensor], object] | None = None
+    # If set, called with (spatial_shapes, reference_points, sampling_locations, None): the operator is about to get the
+    # locations, and None stands where other layers have a mask.
+    observer: Callable[[Tensor | Sequence, Tensor, Tensor, None], object] | None = None
     __prepare_scriptable__ = refuse_scripting
     is_init = True  # mmengine's init_weights of the modules around it leaves it alone
 
@@ -117,9 +118,9 @@ class MultiScaleDeformableAttention(nn.Module):
             identity: (N, Q, embed_dims), added to the output; by default ``query``.
             query_pos: (N, Q, embed_dims), added to the query, or None.
             key_padding_mask: (N, S), true where a pixel is padding and its value counts as zero, or None.
-            reference_points: (N, Q, num_levels, 2) as (x, y), or (N, Q, num_levels, 4) as (x, y, width, height) of boxes:
-                shares of each level's width and height, padding included. Offsets are pixels of the level around a
-                point, and halves of the box over ``num_points`` around a box's centre.
+            reference_points: (N, Q, num_levels, 2) as (x, y), or (N, Q, num_levels, 4) as (x, y, width, height) of
+                boxes: shares of each level's width and height, padding included. Offsets are pixels of the level around
+                a point, and halves of the box over ``num_points`` around a box's centre.
             spatial_shapes: (num_levels, 2) as (H, W) of each level, as a tensor or a list; S is the sum of H * W.
             level_start_index: accepted and unused; it follows from ``spatial_shapes``.
             residual: deprecated name of ``identity``.
@@ -173,7 +174,7 @@ class MultiScaleDeformableAttention(nn.Module):
         else:
             locations = reference[..., :2] + offsets / self.num_points * reference[..., 2:] * 0.5
         if self.observer is not None:
-            self.observer(spatial_shapes, reference_points, locations)
+            self.observer(spatial_shapes, reference_points, locations, None)
         return locations
 
     def extra_repr(self) -> str:

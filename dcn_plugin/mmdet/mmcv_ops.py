@@ -146,7 +146,7 @@ def deform_roi_pool(
 def multi_scale_deformable_attn_pytorch(
     value: Tensor, value_spatial_shapes: Tensor, sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
-    """mmcv's signature of :func:`dcn_plugin.ops.ms_deform_attn`. All is computed in value's dtype, positions and sums in
+    """mmcv's signature of :func:`dcn_plugin.ops.ms_deform_attn`. The result has value's dtype; positions and sums are
     float32 where that is of half precision."""
     precision = torch.float64 if value.dtype is torch.float64 else torch.float32
     with _no_autocast(value):

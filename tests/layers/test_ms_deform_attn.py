@@ -121,7 +121,7 @@ def test_empty(queries, batch):
 def test_autocast_keeps_positions_in_float32():
     layer, given = make().float(), arguments(dtype=torch.float32)
     located = []
-    layer.observer = lambda shapes, reference, locations: located.append(locations)
+    layer.observer = lambda shapes, reference, locations, mask: located.append(locations)
     expected = layer(**given)
     with torch.autocast("cpu", torch.bfloat16):
         output = layer(**given)
@@ -137,7 +137,7 @@ def test_half_precision_layers(dtype):
     expected = layer(**given)
     half = {n: t.to(dtype) if t.is_floating_point() and n != "reference_points" else t for n, t in given.items()}
     located = []
-    layer.observer = lambda shapes, reference, locations: located.append(locations)
+    layer.observer = lambda shapes, reference, locations, mask: located.append(locations)
     output = layer.to(dtype)(**half)
     assert output.dtype is dtype and located[0].dtype is torch.float32
     assert (output - expected).abs().max() < 0.05 * expected.abs().max()
@@ -150,7 +150,8 @@ def test_observer_gets_the_locations():
     seen = []
     layer.observer = lambda *observed: seen.append(observed)
     layer(**given)
-    [(shapes, reference, locations)] = seen
+    [(shapes, reference, locations, mask)] = seen
+    assert shapes is given["spatial_shapes"] and mask is None
     assert locations.shape == (2, 7, 4, 2, 3, 2)
     assert torch.equal(locations, reference[:, :, None, :, None].expand_as(locations))
 
@@ -163,7 +164,7 @@ def test_offsets_are_pixels_of_the_level_x_first():
     with torch.no_grad():
         layer.sampling_offsets.bias.view(-1, 2).copy_(torch.tensor([2.0, -1.0]))
     layer(**given)
-    _, reference, locations = seen[0]
+    _, reference, locations, _ = seen[0]
     for level, (height, width) in enumerate(SHAPES):
         moved = (locations - reference[:, :, None, :, None])[:, :, :, level]
         torch.testing.assert_close(moved, torch.tensor([2 / width, -1 / height]).double().expand_as(moved))

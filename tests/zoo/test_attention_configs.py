@@ -1,5 +1,5 @@
-"""MMDetection's configs with deformable attention, as they are but small, compute with our operator what they compute with
-mmcv's function."""
+"""MMDetection's configs with deformable attention, as they are but small, compute on our operator what they compute
+on mmcv's function."""
 
 import copy
 
