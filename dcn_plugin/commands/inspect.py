@@ -22,8 +22,8 @@ def add_parser(subparsers) -> None:
         help="list the spatial convolutions of a config",
         description="Lists every spatial convolution of a config's model: whether it is deformable, which target of "
         "`deformable=` chose it, and its parameters and FLOPs (multiply-adds); and each layer of multi-scale "
-        "deformable attention, with its FLOPs for a query and for a pixel of its maps. Loads no weights. For a model in Python "
-        "there is dcn_plugin.describe.",
+        "deformable attention, with its FLOPs for a query and for a pixel of its maps. Loads no weights. For a model "
+        "in Python there is dcn_plugin.describe.",
     )
     parser.add_argument(
         "config", help="a file, or a package's config such as mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py"
