@@ -64,19 +64,17 @@ def ps_roi_pool_parts(size: Sequence[int], rois: Tensor, offset: Tensor, scale: 
     return Samples(*bins, (y >= -0.5) & (y <= height - 0.5) & (x >= -0.5) & (x <= width - 0.5))
 
 
-def attention_samples(
-    spatial_shapes: Tensor | Sequence[Sequence[int]], reference_points: Tensor, sampling_locations: Tensor
-) -> Samples:
+def attention_samples(spatial_shapes: Tensor, reference_points: Tensor, sampling_locations: Tensor) -> Samples:
     """The samples of multi-scale deformable attention: (N, Q, heads, levels, points) each, in pixels of their levels.
 
     Displacements are from the reference points.
 
     Args:
-        spatial_shapes: (levels, 2) as (H, W), a tensor or a list.
+        spatial_shapes: (levels, 2) as (H, W).
         reference_points: (N, Q, levels, 2 or more), x first.
         sampling_locations: as the operator's.
     """
-    sizes = torch.as_tensor(spatial_shapes, device=sampling_locations.device).flip(-1)[:, None]  # W, H
+    sizes = spatial_shapes.to(sampling_locations.device).flip(-1)[:, None]  # W, H
     x, y = (sampling_locations.float() * sizes - 0.5).unbind(-1)
     reference = reference_points.float()[:, :, None, :, None, :2]
     dx, dy = ((sampling_locations - reference) * sizes).unbind(-1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dcn_plugin.ops import ms_deform_attn
+from dcn_plugin.ops.ms_deform_attn import shapes_tensor
 
 from .scripting import refuse_scripting
 
@@ -41,7 +42,7 @@ class MultiScaleDeformableAttention(nn.Module):
 
     # If set, called with (spatial_shapes, reference_points, sampling_locations, None): the operator is about to get the
     # locations, and None stands where other layers have a mask.
-    observer: Callable[[Tensor | Sequence, Tensor, Tensor, None], object] | None = None
+    observer: Callable[[Tensor, Tensor, Tensor, None], object] | None = None
     __prepare_scriptable__ = refuse_scripting
     is_init = True  # mmengine's init_weights of the modules around it leaves it alone
 
@@ -137,6 +138,7 @@ class MultiScaleDeformableAttention(nn.Module):
             identity = residual if identity is None else identity
         if reference_points is None or spatial_shapes is None:
             raise ValueError("needs reference_points and spatial_shapes")
+        spatial_shapes = shapes_tensor(spatial_shapes)
         value = query if value is None else value
         identity = query if identity is None else identity
         query = query if query_pos is None else query + query_pos
@@ -155,7 +157,9 @@ class MultiScaleDeformableAttention(nn.Module):
             output = output.transpose(0, 1)
         return self.dropout(output) + identity
 
-    def _sampling_locations(self, query: Tensor, reference_points: Tensor, spatial_shapes, dtype) -> Tensor:
+    def _sampling_locations(
+        self, query: Tensor, reference_points: Tensor, spatial_shapes: Tensor, dtype: torch.dtype
+    ) -> Tensor:
         """(N, Q, heads, levels, points, 2)."""
         shape = (*query.shape[:2], self.num_levels)
         fits = reference_points.dim() == 4 and reference_points.shape[-1] in (2, 4)
@@ -169,7 +173,7 @@ class MultiScaleDeformableAttention(nn.Module):
         offsets = offsets.unflatten(-1, (self.num_heads, self.num_levels, self.num_points, 2))
         reference = reference_points.to(dtype)[:, :, None, :, None]
         if reference.shape[-1] == 2:
-            sizes = torch.as_tensor(spatial_shapes, device=offsets.device).flip(-1)  # W, H
+            sizes = spatial_shapes.to(offsets.device).flip(-1)  # W, H
             locations = reference + offsets / sizes[:, None]
         else:
             locations = reference[..., :2] + offsets / self.num_points * reference[..., 2:] * 0.5

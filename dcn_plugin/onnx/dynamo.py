@@ -6,21 +6,45 @@ positions and sums are float32 (float64 for float64 inputs), as in the operators
 
 import numpy as np
 import onnx_ir as ir
-from onnxscript import evaluator
+from onnx.defs import OpSchema
+from onnxscript import evaluator, values
 from onnxscript.onnx_opset import opset19 as op
 
 from .shapes import OPSET, conv_groups
 
 FLOAT, DOUBLE, INT64, BOOL = ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.INT64, ir.DataType.BOOL
 
+# TensorRT's parser finds a plugin by its name, whatever the domain.
+_TENSORRT_DOMAIN, _TENSORRT_NAME = "trt.plugins", "MultiscaleDeformableAttnPlugin_TRT"
+_TENSORRT_PLUGIN = values.Op(
+    values.Opset(_TENSORRT_DOMAIN, 1),
+    _TENSORRT_NAME,
+    OpSchema(
+        _TENSORRT_NAME,
+        _TENSORRT_DOMAIN,
+        1,
+        inputs=[
+            OpSchema.FormalParameter(name, kind)
+            for name, kind in (
+                ("value", "tensor(float)"),
+                ("spatial_shapes", "tensor(int32)"),
+                ("level_start_index", "tensor(int32)"),
+                ("sampling_locations", "tensor(float)"),
+                ("attention_weights", "tensor(float)"),
+            )
+        ],
+        outputs=[OpSchema.FormalParameter("output", "tensor(float)")],
+        attributes=[OpSchema.Attribute(f"plugin_{one}", OpSchema.AttrType.STRING) for one in ("version", "namespace")],
+    ),
+)
+
 
 def deform_conv2d(input, offset, weight, bias, mask, stride, padding, dilation, allow_tf32=False):
     """As the standard operator DeformConv."""
     # The exporter would write a model of opset 18 all the same, which no runtime reads.
-    opset = getattr(evaluator.default(), "opset", op)
-    if opset.version < OPSET:
+    if _opset() < OPSET:
         raise ValueError(
-            f"a deformable convolution needs ONNX opset {OPSET} or later (DeformConv), not {opset.version}: "
+            f"a deformable convolution needs ONNX opset {OPSET} or later (DeformConv), not {_opset()}: "
             f"torch.onnx.export(..., opset_version=20)"
         )
     groups, deform_groups = conv_groups(input.shape, weight.shape, offset.shape)
@@ -126,6 +150,64 @@ def deform_ps_roi_pool(
     return op.CastLike(pooled, input)
 
 
+def ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights):
+    """As a GridSample of each level's map; batch, queries and sizes may be dynamic."""
+    dtype = DOUBLE if value.dtype is DOUBLE else FLOAT
+    levels = int(sampling_locations.shape[3])
+    batch, heads, channels, queries, points = (
+        *(_size(value, axis) for axis in (0, 2, 3)),
+        *(_size(sampling_locations, axis) for axis in (1, 4)),
+    )
+    maps = op.Mul(batch, heads)
+    channels_first = op.Transpose(op.Cast(value, to=dtype), perm=[0, 2, 3, 1])  # (N, heads, D, pixels)
+    weights = op.Transpose(op.Cast(attention_weights, to=dtype), perm=[0, 2, 3, 1, 4])  # (N, heads, levels, Q, P)
+    grid = op.Transpose(_grid(op.Cast(sampling_locations, to=dtype), dtype), perm=[0, 2, 3, 1, 4, 5])
+    sizes = op.Cast(spatial_shapes, to=INT64)
+
+    total, first = None, _const([0])
+    for level in range(levels):
+        size = _take(sizes, level, axis=0)
+        end = op.Add(first, op.ReduceProd(size, keepdims=1))
+        pixels = op.Slice(channels_first, first, end, _const([3]))
+        sampled = op.GridSample(  # (N * heads, D, Q, P)
+            _reshape(pixels, maps, channels, size),
+            _reshape(_take(grid, level, axis=2), maps, queries, points, _const([2])),
+            mode="linear" if _opset() >= 20 else "bilinear",
+            padding_mode="zeros",
+            align_corners=0,
+        )
+        weight = _reshape(_take(weights, level, axis=2), maps, _const([1]), queries, points)
+        part = op.ReduceSum(op.Mul(sampled, weight), _const([3]), keepdims=0)
+        total = part if total is None else op.Add(total, part)
+        first = end
+    joined = _reshape(total, batch, op.Mul(heads, channels), queries)
+    return op.CastLike(op.Transpose(joined, perm=[0, 2, 1]), value)
+
+
+def ms_deform_attn_of_tensorrt(value, spatial_shapes, sampling_locations, attention_weights):
+    """As TensorRT's plugin MultiscaleDeformableAttnPlugin_TRT, in float32: its output is (N, Q, heads, D)."""
+    areas = op.ReduceProd(op.Cast(spatial_shapes, to=INT64), _const([1]), keepdims=0)
+    starts = op.CumSum(areas, _const(0), exclusive=1)
+    attended = _TENSORRT_PLUGIN(
+        op.Cast(value, to=FLOAT),
+        op.Cast(spatial_shapes, to=ir.DataType.INT32),
+        op.Cast(starts, to=ir.DataType.INT32),
+        op.Cast(sampling_locations, to=FLOAT),
+        op.Cast(attention_weights, to=FLOAT),
+        plugin_version="1",
+        plugin_namespace="",
+    )
+    width = op.Mul(_size(value, 2), _size(value, 3))
+    return op.CastLike(_reshape(attended, _size(value, 0), _size(sampling_locations, 1), width), value)
+
+
+def _grid(locations, dtype):
+    """GridSample's coordinates, from -1 to 1, of locations; what is far outside or not finite is moved just outside."""
+    low, high = _const(-1, dtype), _const(2, dtype)  # more than half a pixel outside, whatever the map's size
+    near = op.And(op.GreaterOrEqual(locations, low), op.LessOrEqual(locations, high))
+    return op.Sub(op.Mul(op.Where(near, locations, low), _const(2, dtype)), _const(1, dtype))
+
+
 class _Neighbours:
     """Along one axis, the pixels on both sides of each sample, and their weights."""
 
@@ -181,6 +263,11 @@ def _batch_of(rois, dtype):
     return op.Cast(op.Where(op.Cast(finite, to=BOOL), index, _const(0, dtype)), to=INT64), finite
 
 
+def _opset() -> int:
+    """That the exporter writes for."""
+    return getattr(evaluator.default(), "opset", op).version
+
+
 def _round(x):
     """To the nearest integer, halves away from 0; ONNX's Round takes halves to even numbers."""
     size = op.Abs(x)
@@ -195,6 +282,11 @@ def _const(value, dtype=INT64):
 
 def _take(tensor, index: int, axis: int):
     return op.Gather(tensor, _const(index), axis=axis)
+
+
+def _reshape(tensor, *sizes):
+    """To sizes (n,), which may be 0."""
+    return op.Reshape(tensor, op.Concat(*sizes, axis=0), allowzero=1)
 
 
 def _size(tensor, axis: int):

@@ -50,7 +50,7 @@ def ms_deform_attn(
             there too, the latter is an assertion on the device, which PyTorch reports at the next synchronisation.
     """
     check_tensors(value=value, sampling_locations=sampling_locations, attention_weights=attention_weights)
-    spatial_shapes = _as_tensor(spatial_shapes)
+    spatial_shapes = shapes_tensor(spatial_shapes)
     if spatial_shapes.is_cuda:
         fits = spatial_shapes.prod(-1).sum() == value.shape[1]
         torch._assert_async(fits, "spatial_shapes must have as many pixels as value has keys")
@@ -59,7 +59,8 @@ def ms_deform_attn(
     return torch.ops.dcn_plugin.ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights)
 
 
-def _as_tensor(spatial_shapes) -> Tensor:
+def shapes_tensor(spatial_shapes: Tensor | Sequence[tuple[int, int]]) -> Tensor:
+    """(L, 2), of what :func:`ms_deform_attn` takes."""
     if isinstance(spatial_shapes, Tensor):
         return spatial_shapes
     if not isinstance(spatial_shapes, (list, tuple)) or not all(
@@ -69,6 +70,8 @@ def _as_tensor(spatial_shapes) -> Tensor:
             f"spatial_shapes must be a tensor of shape (L, 2) or pairs of integers (H, W), got {spatial_shapes!r}"
         )
     sizes = [pair(size, "each of spatial_shapes") for size in spatial_shapes]
+    if any(isinstance(n, torch.SymInt) for size in sizes for n in size):  # torch.tensor would make them constants
+        return torch.stack([torch.scalar_tensor(n, dtype=torch.int64) for size in sizes for n in size]).view(-1, 2)
     return torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2)
 
 
