@@ -1,7 +1,7 @@
 """Translations of this package's operators for the exporter of ``torch.onnx.export(..., dynamo=True)``.
 
-Each function gets an operator's arguments, its tensors as symbolic values, and records ONNX nodes. The RoI operators'
-positions and sums are float32 (float64 for float64 inputs), as in the operators themselves.
+Each function gets an operator's arguments, its tensors as symbolic values, and records ONNX nodes. Positions and sums
+of the RoI operators and of attention are float32 (float64 for float64 inputs), as in the operators themselves.
 """
 
 import numpy as np
@@ -154,10 +154,8 @@ def ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights)
     """As a GridSample of each level's map; batch, queries and sizes may be dynamic."""
     dtype = DOUBLE if value.dtype is DOUBLE else FLOAT
     levels = int(sampling_locations.shape[3])
-    batch, heads, channels, queries, points = (
-        *(_size(value, axis) for axis in (0, 2, 3)),
-        *(_size(sampling_locations, axis) for axis in (1, 4)),
-    )
+    batch, heads, channels = (_size(value, axis) for axis in (0, 2, 3))
+    queries, points = (_size(sampling_locations, axis) for axis in (1, 4))
     maps = op.Mul(batch, heads)
     channels_first = op.Transpose(op.Cast(value, to=dtype), perm=[0, 2, 3, 1])  # (N, heads, D, pixels)
     weights = op.Transpose(op.Cast(attention_weights, to=dtype), perm=[0, 2, 3, 1, 4])  # (N, heads, levels, Q, P)

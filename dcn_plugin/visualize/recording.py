@@ -137,7 +137,8 @@ class Recording:
         return [conv for conv in self.convolutions if conv.grid]
 
     def _matching(self, calls: list, patterns: Sequence[str]) -> list:
-        names = dict.fromkeys(call.name for call in (*self._placed(), *self.attentions))
+        every: list[Convolution | Attention] = [*self._placed(), *self.attentions]
+        names = dict.fromkeys(call.name for call in every)
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ValueError(f"{pattern!r} matches none of the deformable layers that ran: {listed(names)}")
