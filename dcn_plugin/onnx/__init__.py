@@ -10,8 +10,8 @@
 
 :func:`dcn_plugin.ops.deform_conv2d` becomes DeformConv, which ONNX has from opset 19 on, and
 :func:`dcn_plugin.ops.ms_deform_attn` GridSample; the RoI operators become gathers and arithmetic. Importing this module
-also registers :func:`deform_conv2d_symbolic` with the TorchScript exporter (``dynamo=False``), so that tools which take
-their imports from a config (``custom_imports``) find it.
+also teaches the TorchScript exporter (``dynamo=False``) the first two, so that tools which take their imports from a
+config (``custom_imports``) find them.
 """
 
 from collections.abc import Callable
@@ -20,9 +20,9 @@ import torch
 
 from dcn_plugin import ops  # noqa: F401  (the operators exist)
 
-from .torchscript import deform_conv2d_symbolic
+from .torchscript import deform_conv2d_symbolic, ms_deform_attn_tensorrt_symbolic
 
-__all__ = ["deform_conv2d_symbolic", "translations"]
+__all__ = ["deform_conv2d_symbolic", "ms_deform_attn_tensorrt_symbolic", "translations"]
 
 
 def translations(tensorrt_plugin: bool = False) -> dict[Callable, Callable]:

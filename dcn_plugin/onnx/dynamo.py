@@ -10,18 +10,17 @@ from onnx.defs import OpSchema
 from onnxscript import evaluator, values
 from onnxscript.onnx_opset import opset19 as op
 
+from . import attention
 from .shapes import OPSET, conv_groups
 
 FLOAT, DOUBLE, INT64, BOOL = ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.INT64, ir.DataType.BOOL
 
-# TensorRT's parser finds a plugin by its name, whatever the domain.
-_TENSORRT_DOMAIN, _TENSORRT_NAME = "trt.plugins", "MultiscaleDeformableAttnPlugin_TRT"
 _TENSORRT_PLUGIN = values.Op(
-    values.Opset(_TENSORRT_DOMAIN, 1),
-    _TENSORRT_NAME,
+    values.Opset(attention.TENSORRT_DOMAIN, 1),
+    attention.TENSORRT_PLUGIN,
     OpSchema(
-        _TENSORRT_NAME,
-        _TENSORRT_DOMAIN,
+        attention.TENSORRT_PLUGIN,
+        attention.TENSORRT_DOMAIN,
         1,
         inputs=[
             OpSchema.FormalParameter(name, kind)
@@ -151,59 +150,18 @@ def deform_ps_roi_pool(
 
 
 def ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights):
-    """As a GridSample of each level's map; batch, queries and sizes may be dynamic."""
+    """As a GridSample of each level's map."""
+    tensors = value, spatial_shapes, sampling_locations, attention_weights
     dtype = DOUBLE if value.dtype is DOUBLE else FLOAT
-    levels = int(sampling_locations.shape[3])
-    batch, heads, channels = (_size(value, axis) for axis in (0, 2, 3))
-    queries, points = (_size(sampling_locations, axis) for axis in (1, 4))
-    maps = op.Mul(batch, heads)
-    channels_first = op.Transpose(op.Cast(value, to=dtype), perm=[0, 2, 3, 1])  # (N, heads, D, pixels)
-    weights = op.Transpose(op.Cast(attention_weights, to=dtype), perm=[0, 2, 3, 1, 4])  # (N, heads, levels, Q, P)
-    grid = op.Transpose(_grid(op.Cast(sampling_locations, to=dtype), dtype), perm=[0, 2, 3, 1, 4, 5])
-    sizes = op.Cast(spatial_shapes, to=INT64)
-
-    total, first = None, _const([0])
-    for level in range(levels):
-        size = _take(sizes, level, axis=0)
-        end = op.Add(first, op.ReduceProd(size, keepdims=1))
-        pixels = op.Slice(channels_first, first, end, _const([3]))
-        sampled = op.GridSample(  # (N * heads, D, Q, P)
-            _reshape(pixels, maps, channels, size),
-            _reshape(_take(grid, level, axis=2), maps, queries, points, _const([2])),
-            mode="linear" if _opset() >= 20 else "bilinear",
-            padding_mode="zeros",
-            align_corners=0,
-        )
-        weight = _reshape(_take(weights, level, axis=2), maps, _const([1]), queries, points)
-        part = op.ReduceSum(op.Mul(sampled, weight), _const([3]), keepdims=0)
-        total = part if total is None else op.Add(total, part)
-        first = end
-    joined = _reshape(total, batch, op.Mul(heads, channels), queries)
-    return op.CastLike(op.Transpose(joined, perm=[0, 2, 1]), value)
+    return attention.grid_samples(
+        attention.Writer(op, _const, _size), tensors, int(sampling_locations.shape[3]), dtype, _opset()
+    )
 
 
 def ms_deform_attn_of_tensorrt(value, spatial_shapes, sampling_locations, attention_weights):
-    """As TensorRT's plugin MultiscaleDeformableAttnPlugin_TRT, in float32: its output is (N, Q, heads, D)."""
-    areas = op.ReduceProd(op.Cast(spatial_shapes, to=INT64), _const([1]), keepdims=0)
-    starts = op.CumSum(areas, _const(0), exclusive=1)
-    attended = _TENSORRT_PLUGIN(
-        op.Cast(value, to=FLOAT),
-        op.Cast(spatial_shapes, to=ir.DataType.INT32),
-        op.Cast(starts, to=ir.DataType.INT32),
-        op.Cast(sampling_locations, to=FLOAT),
-        op.Cast(attention_weights, to=FLOAT),
-        plugin_version="1",
-        plugin_namespace="",
-    )
-    width = op.Mul(_size(value, 2), _size(value, 3))
-    return op.CastLike(_reshape(attended, _size(value, 0), _size(sampling_locations, 1), width), value)
-
-
-def _grid(locations, dtype):
-    """GridSample's coordinates, from -1 to 1, of locations; what is far outside or not finite is moved just outside."""
-    low, high = _const(-1, dtype), _const(2, dtype)  # more than half a pixel outside, whatever the map's size
-    near = op.And(op.GreaterOrEqual(locations, low), op.LessOrEqual(locations, high))
-    return op.Sub(op.Mul(op.Where(near, locations, low), _const(2, dtype)), _const(1, dtype))
+    """As TensorRT's plugin."""
+    tensors = value, spatial_shapes, sampling_locations, attention_weights
+    return attention.tensorrt_plugin(attention.Writer(op, _const, _size), _TENSORRT_PLUGIN, tensors)
 
 
 class _Neighbours:
@@ -275,16 +233,11 @@ def _round(x):
 
 
 def _const(value, dtype=INT64):
-    return op.Constant(value=ir.tensor(np.asarray(value, dtype=dtype.numpy())))
+    return op.Constant(value=ir.tensor(np.asarray(value, dtype=ir.DataType(dtype).numpy())))
 
 
 def _take(tensor, index: int, axis: int):
     return op.Gather(tensor, _const(index), axis=axis)
-
-
-def _reshape(tensor, *sizes):
-    """To sizes (n,), which may be 0."""
-    return op.Reshape(tensor, op.Concat(*sizes, axis=0), allowzero=1)
 
 
 def _size(tensor, axis: int):

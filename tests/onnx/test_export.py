@@ -179,12 +179,45 @@ def test_attention_to_maps_of_any_size(tmp_path):
         check(model, path, torch.randn(1, 8, *size))
 
 
-def test_tensorrts_plugin(tmp_path):
+def by_torchscript(model, inputs, path, **options):
+    return export(model, inputs, path, dynamo=False, custom_translation_table=None, **options)
+
+
+@pytest.mark.parametrize("opset", [16, 19, 20])
+def test_torchscript_exporter_with_attention(opset, tmp_path):
+    axes = dict(value={0: "batch"}, locations={0: "batch", 1: "queries"}, weights={0: "batch", 1: "queries"})
+    options = dict(opset_version=opset, input_names=list(axes), dynamic_axes=axes)
+    path = by_torchscript(Attend(), attention_inputs(2, 5), tmp_path / "model.onnx", **options)
+    for batch, queries in ((2, 5), (3, 1)):
+        inputs = attention_inputs(batch, queries)
+        assert relative_error(onnxruntime(path, inputs)[0], Attend()(*inputs)) < 1e-5
+
+
+def test_torchscript_exporter_with_attention_to_what_has_fixed_sizes(tmp_path):
+    inputs = attention_inputs(2, 5)
+    path = by_torchscript(Attend(), inputs, tmp_path / "model.onnx", opset_version=20)
+    assert relative_error(onnxruntime(path, inputs)[0], Attend()(*inputs)) < 1e-5
+
+
+@pytest.fixture
+def torchscript_writes_the_plugin():
+    name, of_tensorrt = "dcn_plugin::ms_deform_attn", dcn_plugin.onnx.ms_deform_attn_tensorrt_symbolic
+    torch.onnx.register_custom_op_symbolic(name, of_tensorrt, 18)
+    yield
+    torch.onnx.unregister_custom_op_symbolic(name, 18)
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_tensorrts_plugin(dynamo, torchscript_writes_the_plugin, tmp_path):
     """Its inputs, in its order and dtypes; onnx's evaluator computes it, since TensorRT alone has it."""
-    table = dcn_plugin.onnx.translations(tensorrt_plugin=True)
-    queries = {0: "batch", 1: "queries"}
-    inputs, shapes = attention_inputs(2, 5), ({0: "batch"}, queries, queries)
-    path = export(Attend(), inputs, tmp_path / "model.onnx", custom_translation_table=table, dynamic_shapes=shapes)
+    inputs, path, queries = attention_inputs(2, 5), tmp_path / "model.onnx", {0: "batch", 1: "queries"}
+    if dynamo:
+        table, shapes = dcn_plugin.onnx.translations(tensorrt_plugin=True), ({0: "batch"}, queries, queries)
+        path = export(Attend(), inputs, path, custom_translation_table=table, dynamic_shapes=shapes)
+    else:
+        axes = dict(value={0: "batch"}, locations=queries, weights=queries)
+        options = dict(opset_version=18, input_names=list(axes), dynamic_axes=axes)
+        path = by_torchscript(Attend(), inputs, path, **options)
     model = onnx.load(path)
     assert "GridSample" not in {node.op_type for node in model.graph.node}
     [plugin] = [node for node in model.graph.node if node.op_type == "MultiscaleDeformableAttnPlugin_TRT"]
@@ -203,8 +236,8 @@ def test_tensorrts_plugin(tmp_path):
                 "float32",
             ]
             assert sizes.tolist() == [list(size) for size in SIZES] and starts.tolist() == [0, 24]
-            value, locations, weights = map(torch.from_numpy, (value, locations, weights))
-            output = ms_deform_attn(value, torch.from_numpy(sizes).long(), locations, weights)
+            value, locations, weights = map(torch.tensor, (value, locations, weights))
+            output = ms_deform_attn(value, torch.tensor(sizes).long(), locations, weights)
             return (output.unflatten(-1, value.shape[2:]).numpy(),)
 
     evaluator = ReferenceEvaluator(path, new_ops=[MultiscaleDeformableAttnPlugin_TRT])
