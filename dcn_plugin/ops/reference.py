@@ -64,7 +64,7 @@ def deform_conv2d(
     x = (grid(out_w) * stride_w - pad_w) + (grid(kernel_w) * dilation_w)[:, None, None]
     y, x = y + offset[:, :, :, :, 0], x + offset[:, :, :, :, 1]  # (N, dg, kh, kw, Ho, Wo)
 
-    maps = input.reshape(batch * deform_groups, channels // deform_groups, -1)
+    maps = input.reshape(batch * deform_groups, channels // deform_groups, math.prod(input.shape[-2:]))
     positions = batch * deform_groups, taps * out_h * out_w
     samples = _sample_zero_padded(maps, input.shape[-2:], y.reshape(positions), x.reshape(positions))
     samples = samples.reshape(batch, deform_groups, maps.shape[1], taps, out_h, out_w)
