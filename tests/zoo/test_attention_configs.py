@@ -220,9 +220,7 @@ def test_grounding_dinos_encoder(on_mmcvs):
 def test_bfloat16_autocast(name):
     config = small(name)
     model = build(config)
-
     data = model.data_preprocessor(inputs([(64, 96), (80, 56)]), True)
-
     with torch.autocast("cpu", torch.bfloat16), Calls() as calls:
         losses = model.train()(**data, mode="loss")
         loss, _ = model.parse_losses(losses)
