@@ -15,8 +15,8 @@ The ratio is to the dense convolution's cycles for the same products. The lower 
 as with several blocks on a multiprocessor; the upper one that a block waits at its barrier, so that only what stands
 between the first and the last matrix instruction overlaps with the products.
 
-"first" is the position of the first matrix instruction in the loop. "smem" is static shared memory and, from 9.0 on, the
-1024 bytes that the system reserves; a launch adds what the tile and the shape need.
+"first" is the position of the first matrix instruction in the loop. "smem" is static shared memory and, from 9.0 on,
+the 1024 bytes that the system reserves; a launch adds what the tile and the shape need.
 """
 
 import argparse
