@@ -7,6 +7,10 @@
 
 #include "../bfloat16.h"
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 #ifndef DCN_ISA
 #error "DCN_ISA names the instruction set a file of cpu/simd is compiled for"
 #endif
@@ -85,12 +89,56 @@ static inline Vec<float> load(const Bfloat16* p) {
   return reinterpret_cast<Vec<float>>(__builtin_convertvector(half, FloatBits) << 16);
 }
 
-static inline void store(Bfloat16* p, Vec<float> v) {
+// Rounded to nearest even.
+static inline HalfBits to_bfloat16(Vec<float> v) {
+#if defined(__AVX512BF16__)
+  return (HalfBits)_mm512_cvtneps_pbh((__m512)v);
+#else
   const FloatBits bits = reinterpret_cast<FloatBits>(v);
   const FloatBits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   const FloatBits quiet_nan = FloatBits{} + 0x7fc0;
-  const HalfBits half = __builtin_convertvector(v == v ? rounded : quiet_nan, HalfBits);
+  return __builtin_convertvector(v == v ? rounded : quiet_nan, HalfBits);
+#endif
+}
+
+static inline void store(Bfloat16* p, Vec<float> v) {
+  const HalfBits half = to_bfloat16(v);
   __builtin_memcpy(p, &half, sizeof(half));
+}
+
+// Two vectors of bfloat16 as pairs of a lane's low and high halves, and each half as float.
+static inline FloatBits load_bits(const Bfloat16* p) {
+  FloatBits both;
+  __builtin_memcpy(&both, p, sizeof(both));
+  return both;
+}
+
+static inline Vec<float> low_halves(FloatBits both) { return reinterpret_cast<Vec<float>>(both << 16); }
+static inline Vec<float> high_halves(FloatBits both) { return reinterpret_cast<Vec<float>>(both & 0xffff0000); }
+
+// Rounds and writes pairs, to two places: those of the first half of the lanes and those of the second.
+static inline void store_pairs(Bfloat16* first, Bfloat16* second, Vec<float> low, Vec<float> high) {
+#if defined(__AVX512BF16__)
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i both = _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+#else
+  const FloatBits both = __builtin_convertvector(to_bfloat16(low), FloatBits) |
+                         __builtin_convertvector(to_bfloat16(high), FloatBits) << 16;
+#endif
+  __builtin_memcpy(first, &both, sizeof(both) / 2);
+  __builtin_memcpy(second, reinterpret_cast<const char*>(&both) + sizeof(both) / 2, sizeof(both) / 2);
+}
+
+// Rounds and writes one half of each pair: the low one, or the high one beside what is there.
+static inline void store_low_halves(Bfloat16* p, Vec<float> v) {
+  const FloatBits both = __builtin_convertvector(to_bfloat16(v), FloatBits);
+  __builtin_memcpy(p, &both, sizeof(both));
+}
+
+static inline void store_high_halves(Bfloat16* p, Vec<float> v) {
+  const FloatBits both = load_bits(p) | __builtin_convertvector(to_bfloat16(v), FloatBits) << 16;
+  __builtin_memcpy(p, &both, sizeof(both));
 }
 
 static inline Vec<float> load(const Bfloat16* p, int64_t count) {
@@ -105,6 +153,35 @@ static inline void store(Bfloat16* p, Vec<float> v, int64_t count) {
   Bfloat16 lanes[kLanes<float>];
   store(lanes, v);
   for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
+}
+
+// The sums of neighbouring lanes: those of a, then those of b.
+template <class T>
+static inline Vec<T> add_neighbours(Vec<T> a, Vec<T> b) {
+  if constexpr (kLanes<T> == 16)
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  else if constexpr (kLanes<T> == 8)
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
+           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+  else if constexpr (kLanes<T> == 4)
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
+  else
+    return __builtin_shufflevector(a, b, 0, 2) + __builtin_shufflevector(a, b, 1, 3);
+}
+
+// Writes the sums of the lanes of four vectors.
+template <class T>
+static inline void store_sums(T* p, const Vec<T> v[4]) {
+  if constexpr (kLanes<T> == 2) {
+    store(p, add_neighbours<T>(v[0], v[1]));
+    store(p + 2, add_neighbours<T>(v[2], v[3]));
+  } else {
+    Vec<T> sums = add_neighbours<T>(add_neighbours<T>(v[0], v[1]), add_neighbours<T>(v[2], v[3]));
+#pragma GCC unroll 4
+    for (int lanes = kLanes<T>; lanes > 4; lanes /= 2) sums = add_neighbours<T>(sums, sums);
+    __builtin_memcpy(p, &sums, 4 * sizeof(T));
+  }
 }
 
 template <class T>
