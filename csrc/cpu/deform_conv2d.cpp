@@ -19,7 +19,8 @@ namespace {
 constexpr int64_t kForwardSlab = 128;  // channels
 constexpr int64_t kBackwardSlab = 128;
 constexpr int64_t kLeastSlab = 32;
-constexpr int64_t kTileRows = 48;      // output positions
+constexpr int64_t kForwardRows = 48;  // output positions of a tile
+constexpr int64_t kBackwardRows = 96;
 constexpr int64_t kBackwardTasks = 4;  // wanted at least
 
 class OwnedPlan : public Plan {
@@ -52,7 +53,7 @@ class OwnedPlan : public Plan {
     slabs = storage_.data();
     slab_count = static_cast<int64_t>(storage_.size());
 
-    tiles = std::max<int64_t>(1, divide_up(s.positions(), kTileRows));
+    tiles = std::max<int64_t>(1, divide_up(s.positions(), backward ? kBackwardRows : kForwardRows));
     tile_rows = divide_up(divide_up(s.positions(), tiles), row_block) * row_block;
     tiles = divide_up(s.positions(), tile_rows);
     image_groups = std::min(s.batch, divide_up(kBackwardTasks, slab_count));

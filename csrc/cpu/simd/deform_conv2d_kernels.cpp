@@ -119,11 +119,9 @@ struct TransposedRow {
 template <>
 struct TransposedRow<Bfloat16> {
   TransposedRow(Bfloat16* data, int64_t row) : data(data - row % 2 * kLanes<float>), second(row % 2) {}
-  void operator()(int64_t c, Vec<float> value) const {
-    second ? store_high_halves(data + c * kRowBlock, value) : store_low_halves(data + c * kRowBlock, value);
-  }
+  void operator()(int64_t c, Vec<float> value) const { store_half(data + c * kRowBlock, value, second); }
   Bfloat16* data;
-  bool second;
+  uint32_t second;
 };
 
 template <class T, class Element>

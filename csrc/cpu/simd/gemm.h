@@ -131,7 +131,10 @@ static inline void multiply_transposed_block(const T* a, int64_t a_block, const 
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 2
-    for (int n = 0; n < Columns; ++n) sums[r][n] = load(c + n * c_panel + r * L);
+    for (int n = 0; n < Columns; ++n) {
+      sums[r][n] = load(c + n * c_panel + r * L);
+      __builtin_prefetch(c + n * c_panel + (r + Rows) * L, 1);  // the next block's
+    }
   for (int64_t i = 0; i < blocks; ++i, a += a_block, b += b_block) {
 #pragma GCC unroll 2
     for (int k = 0; k < kRowBlock; ++k) {
@@ -160,7 +163,10 @@ static inline void multiply_transposed_block(const Bfloat16* a, int64_t a_block,
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 2
-    for (int n = 0; n < Columns; ++n) sums[r][n] = _mm512_loadu_ps(c + n * c_panel + r * L);
+    for (int n = 0; n < Columns; ++n) {
+      sums[r][n] = _mm512_loadu_ps(c + n * c_panel + r * L);
+      __builtin_prefetch(c + n * c_panel + (r + Rows) * L, 1);  // the next block's
+    }
   for (int64_t i = 0; i < blocks; ++i, a += a_block, b += b_block) {
 #pragma GCC unroll 2
     for (int k = 0; k < kRowBlock; k += 2) {

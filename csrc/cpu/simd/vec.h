@@ -7,7 +7,7 @@
 
 #include "../bfloat16.h"
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -83,10 +83,29 @@ static inline void for_each_vector(int64_t width, Visit visit) {
 typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint32_t FloatBits __attribute__((vector_size(kVectorBytes)));
 
+// GCC makes five instructions of __builtin_convertvector where the processor has one.
+static inline FloatBits widen(HalfBits v) {
+#if defined(__AVX512F__)
+  return (FloatBits)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v);
+#elif defined(__AVX2__)
+  return (FloatBits)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(v, FloatBits);
+#endif
+}
+
+static inline HalfBits narrow(FloatBits v) {
+#if defined(__AVX512F__)
+  return (HalfBits)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)v);
+#else
+  return __builtin_convertvector(v, HalfBits);
+#endif
+}
+
 static inline Vec<float> load(const Bfloat16* p) {
   HalfBits half;
   __builtin_memcpy(&half, p, sizeof(half));
-  return reinterpret_cast<Vec<float>>(__builtin_convertvector(half, FloatBits) << 16);
+  return reinterpret_cast<Vec<float>>(widen(half) << 16);
 }
 
 // Rounded to nearest even.
@@ -97,7 +116,7 @@ static inline HalfBits to_bfloat16(Vec<float> v) {
   const FloatBits bits = reinterpret_cast<FloatBits>(v);
   const FloatBits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   const FloatBits quiet_nan = FloatBits{} + 0x7fc0;
-  return __builtin_convertvector(v == v ? rounded : quiet_nan, HalfBits);
+  return narrow(v == v ? rounded : quiet_nan);
 #endif
 }
 
@@ -123,21 +142,15 @@ static inline void store_pairs(Bfloat16* first, Bfloat16* second, Vec<float> low
                                          5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   const __m512i both = _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
 #else
-  const FloatBits both = __builtin_convertvector(to_bfloat16(low), FloatBits) |
-                         __builtin_convertvector(to_bfloat16(high), FloatBits) << 16;
+  const FloatBits both = widen(to_bfloat16(low)) | widen(to_bfloat16(high)) << 16;
 #endif
   __builtin_memcpy(first, &both, sizeof(both) / 2);
   __builtin_memcpy(second, reinterpret_cast<const char*>(&both) + sizeof(both) / 2, sizeof(both) / 2);
 }
 
-// Rounds and writes one half of each pair: the low one, or the high one beside what is there.
-static inline void store_low_halves(Bfloat16* p, Vec<float> v) {
-  const FloatBits both = __builtin_convertvector(to_bfloat16(v), FloatBits);
-  __builtin_memcpy(p, &both, sizeof(both));
-}
-
-static inline void store_high_halves(Bfloat16* p, Vec<float> v) {
-  const FloatBits both = load_bits(p) | __builtin_convertvector(to_bfloat16(v), FloatBits) << 16;
+// Rounds and writes one half of each pair: first the low one (`second` 0), then the high one (1) beside it.
+static inline void store_half(Bfloat16* p, Vec<float> v, uint32_t second) {
+  const FloatBits both = (load_bits(p) & (0 - second)) | widen(to_bfloat16(v)) << 16 * second;
   __builtin_memcpy(p, &both, sizeof(both));
 }
 
