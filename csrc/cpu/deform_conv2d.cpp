@@ -6,6 +6,7 @@
 #include "../arguments.h"
 #include "deform_conv2d_kernels.h"
 #include "dispatch.h"
+#include "layout.h"
 #include "parallel.h"
 
 DCN_KERNELS(DeformConv2dKernels, deform_conv2d_kernels)
@@ -102,7 +103,7 @@ Tensor forward(const Tensor& input, const Tensor& offset, const Tensor& weight, 
   const auto run = [&]<class T, class Element>(const Plan& plan, const DeformConv2dForward<T, Element>& kernels,
                                                ScalarType stored) {
     const Tensor output = empty(input, size, stored, format);
-    run_forward<T, Element>(plan, kernels, as(input, stored, MemoryFormat::ChannelsLast), as(offset, compute),
+    run_forward<T, Element>(plan, kernels, as_channels_last(input, stored), as(offset, compute),
                             as(weight, stored, format_of(weight)), as(bias, compute), as(mask, compute), output,
                             format == MemoryFormat::ChannelsLast);
     return stored == type ? output : torch::stable::to(output, type);
@@ -199,9 +200,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, c
   if (shape.batch > 0) {
     const auto run = [&]<class T, class Element>(const Plan& plan, const DeformConv2dKernels<T>& kernels,
                                                  const DeformConv2dBackward<T, Element>& backward, ScalarType stored) {
-      run_backward(plan, kernels, backward, as(grad_output, stored, MemoryFormat::ChannelsLast),
-                   as(input, stored, MemoryFormat::ChannelsLast), as(offset, type), as(mask, type),
-                   as(weight, stored, format_of(weight)), need_columns, need_weight, grad);
+      run_backward(plan, kernels, backward, as_channels_last(grad_output, stored), as_channels_last(input, stored),
+                   as(offset, type), as(mask, type), as(weight, stored, format_of(weight)), need_columns, need_weight,
+                   grad);
     };
     if (type == ScalarType::Double) {
       const auto& kernels = select_deform_conv2d_kernels<double>();
@@ -216,9 +217,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, c
     }
   }
   const auto needed = [](bool need, const std::optional<Tensor>& g) { return need ? g : std::nullopt; };
-  return {finished(needed(need_input, grad.input), input, format_of(input)),
-          finished(needed(need_sampling, grad.offset), input), finished(needed(need_sampling, grad.mask), input),
-          finished(grad.weight, input, format_of(weight))};
+  return {finished_map(needed(need_input, grad.input), input), finished(needed(need_sampling, grad.offset), input),
+          finished(needed(need_sampling, grad.mask), input), finished(grad.weight, input, format_of(weight))};
 }
 
 }  // namespace

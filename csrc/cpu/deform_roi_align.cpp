@@ -5,6 +5,7 @@
 #include "../arguments.h"
 #include "deform_roi_align_kernels.h"
 #include "dispatch.h"
+#include "layout.h"
 #include "parallel.h"
 
 DCN_KERNELS(DeformRoIAlignKernels, deform_roi_align_kernels)
@@ -33,7 +34,7 @@ Tensor forward(const Tensor& input, const Tensor& rois, const std::optional<Tens
       empty(input, {shape.rois, shape.channels, shape.out_height, shape.out_width}, stored, format_of(channels_last));
   if (shape.rois > 0) {
     for_stored_type(stored, [&]<class T, class Element>(const RoIFunctions<T, Element>& kernels) {
-      const Tensor map = as(input, stored, MemoryFormat::ChannelsLast), boxes = as(rois, compute);
+      const Tensor map = as_channels_last(input, stored), boxes = as(rois, compute);
       const auto offsets = as(offset, compute), masks = as(mask, compute);
       check_batch_indices(data<T>(boxes), shape.rois, shape.batch);
       const RoIForward<T, Element> args{shape,          data<Element>(map),    data<T>(boxes), data<T>(offsets),
@@ -76,8 +77,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
   const auto grad_mask = zeroed(make_gradient(need_sampling, mask, type));
   if (shape.rois > 0) {
     for_stored_type(stored, [&]<class T, class Element>(const RoIFunctions<T, Element>& kernels) {
-      const Tensor map = as(input, stored, MemoryFormat::ChannelsLast), boxes = as(rois, type);
-      const Tensor grad = as(grad_output, stored, MemoryFormat::ChannelsLast);
+      const Tensor map = as_channels_last(input, stored), boxes = as(rois, type);
+      const Tensor grad = as_channels_last(grad_output, stored);
       const auto offsets = as(offset, type), masks = as(mask, type);
       check_batch_indices(data<T>(boxes), shape.rois, shape.batch);
       const int64_t slabs = divide_up(shape.channels, kRoISlabChannels);
@@ -90,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
       if (need_sampling) reduce_sampling(shape, slabs, data<T>(partials), data<T>(grad_offset), data<T>(grad_mask));
     });
   }
-  return {finished(need_input ? grad_input : std::nullopt, input, format_of(input)), finished(grad_offset, input),
+  return {finished_map(need_input ? grad_input : std::nullopt, input), finished(grad_offset, input),
           finished(grad_mask, input)};
 }
 
