@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-SELECTION = "test_equals_reference and not 130 and not 300 or sizes_equal_reference or mmcv or repeats"
+SELECTION = "test_equals_reference and not 130 and not 300 or sizes_equal_reference or mmcv or repeats or same_bits"
 
 
 def flags():

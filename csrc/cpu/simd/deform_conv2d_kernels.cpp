@@ -5,6 +5,7 @@
 #include "arena.h"
 #include "gemm.h"
 #include "sample_table.h"
+#include "transpose.h"
 #include "weights.h"
 
 namespace dcn::cpu {
@@ -81,6 +82,20 @@ void store_output(const ConvForward<T, Element>& args, Tile tile, int64_t first_
         for (int64_t r = 0; r < rows; ++r) store(to + r * out_channels, load(from + r * L) + bias, count);
       } else {
         Element* to = args.output + (tile.image * out_channels + channel) * positions + position;
+        if constexpr (kRowBlock <= L) {
+          if (rows == kRowBlock) {
+            Vec<T> block_rows[L] = {};
+#pragma GCC unroll 16
+            for (int r = 0; r < kRowBlock; ++r) block_rows[r] = load(from + r * L) + bias;
+            transpose_rows<L>(block_rows);
+            for (int64_t lane = 0; lane < count; ++lane) {
+              Element values[L];
+              store(values, block_rows[lane]);
+              __builtin_memcpy(to + lane * positions, values, kRowBlock * sizeof(Element));
+            }
+            continue;
+          }
+        }
         Element row[L];
         for (int64_t r = 0; r < rows; ++r) {
           store(row, load(from + r * L) + bias);

@@ -1,9 +1,7 @@
 #include "../layout_kernels.h"
 
-#include <utility>
-
 #include "../../inline.h"
-#include "vec.h"
+#include "transpose.h"
 
 namespace dcn::cpu {
 namespace DCN_ISA {
@@ -11,38 +9,13 @@ namespace {
 
 constexpr int L = kLanes<float>;  // rows and columns of a block
 
-template <class V, int Step, int... Lane>
-inline V even_parts(V a, V b, std::integer_sequence<int, Lane...>) {
-  return __builtin_shufflevector(a, b, (Lane & Step ? Lane - Step + L : Lane)...);
-}
-
-template <class V, int Step, int... Lane>
-inline V odd_parts(V a, V b, std::integer_sequence<int, Lane...>) {
-  return __builtin_shufflevector(a, b, (Lane & Step ? Lane + L : Lane + Step)...);
-}
-
-// One step of the transpose of a block: exchanges its parts of Step x Step elements beside each diagonal.
-template <class V, int Step>
-inline void exchange(V row[L]) {
-  if constexpr (Step < L) {
-#pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) {
-      if (i & Step) continue;
-      const V a = row[i], b = row[i + Step];
-      row[i] = even_parts<V, Step>(a, b, std::make_integer_sequence<int, L>());
-      row[i + Step] = odd_parts<V, Step>(a, b, std::make_integer_sequence<int, L>());
-    }
-    exchange<V, 2 * Step>(row);
-  }
-}
-
 // V is a vector of L elements of T.
 template <class T, class V>
 inline void transpose_block(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
   V row[L];
 #pragma GCC unroll 16
   for (int i = 0; i < L; ++i) __builtin_memcpy(&row[i], from + i * from_stride, sizeof(V));
-  exchange<V, 1>(row);
+  transpose_rows<L>(row);
 #pragma GCC unroll 16
   for (int i = 0; i < L; ++i) __builtin_memcpy(to + i * to_stride, &row[i], sizeof(V));
 }
