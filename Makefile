@@ -30,7 +30,7 @@ scaled-digits: setup  ## train nothing but offsets, for digits of other sizes (u
 	$(BIN)/python projects/scaled_digits/experiment.py
 
 test: lint docs  ## check style, types, links, and run the tests (MMCV=full: also those that compare with mmcv's operators)
-	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 20 $(ARGS)
 
 fuzz: setup  ## compare random cases with the reference, new ones each time (MINUTES=10)
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)

@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch.nn import functional as F
 
-from dcn_plugin.ops import deform_conv2d, deform_ps_roi_pool, deform_roi_align
+from dcn_plugin.ops import deform_conv2d, deform_ps_roi_pool, deform_roi_align, ms_deform_attn
 
 from . import peers
 from .roofline import SAMPLE
@@ -28,6 +28,7 @@ class Contender:
     agrees_with: str | None = None  # the contender whose result it must equal
     optional: bool = False  # a peer: where it does not run or agree, it is left out
     operations: int = 0  # multiplications and additions of the forward, for the roofline; 0: unknown
+    gathered: int = 0  # bytes of pixels that its samples read, if they are to count in the roofline
     environment: dict = field(default_factory=dict)  # variables that are set while it runs
 
 
@@ -59,6 +60,10 @@ class Case:
         options = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("quick", "memory", "threads")}
         return dict(operator=self.operator, case=self.name) | options | dict(dtype=str(self.dtype))
 
+    def small(self):
+        """The same with little to do, for cases whose memory is measured."""
+        raise NotImplementedError
+
     def leaf(self, tensor, is_map=False):
         """As an input of the operator; maps and weights have the case's memory format."""
         layout = torch.channels_last if is_map and self.channels_last else torch.contiguous_format
@@ -83,6 +88,9 @@ class Conv(Case):
     modulated: bool = True
 
     operator = "deform_conv2d"
+
+    def small(self):
+        return replace(self, shape=(1, self.shape[1], 8, 8))
 
     @property
     def padding(self):
@@ -237,6 +245,74 @@ class PSRoI(RoI):
         yield Contender("dcn_plugin", ours, (maps, offset), floor, operations=self.operations(levels))
 
 
+@dataclass(frozen=True)
+class Attention(Case):
+    """Multi-scale deformable attention as in Deformable DETR, over the levels of images: 8 heads of 32 channels, 4
+    points. Queries are the maps' pixels, which sample near themselves, as in its encoder; or a few anywhere, as in its
+    decoder.
+
+    The floor is the same of PyTorch's own operators: a grid_sample for each level.
+    """
+
+    queries: int | None = None  # None: the maps' pixels
+    images: int = IMAGES
+    heads: int = 8
+    channels: int = 32  # of a head
+    points: int = 4
+    offset_pixels: float = 2.0  # standard deviation, on each level
+    strides: tuple = (8, 16, 32, 64)
+
+    operator = "ms_deform_attn"
+
+    def small(self):
+        return replace(self, queries=1, strides=(64,))
+
+    @property
+    def maps(self):
+        return [tuple(-(-size // stride) for size in IMAGE) for stride in self.strides]
+
+    def locations(self):
+        """(N, Q, heads, L, P, 2)"""
+        sizes = torch.tensor(self.maps).flip(1)[:, None]
+        if self.queries is None:
+            axes = [[(torch.arange(n) + 0.5) / n for n in size] for size in self.maps]
+            centres = torch.cat([torch.cartesian_prod(*pair).flip(1) for pair in axes])
+        else:
+            centres = torch.rand(self.queries, 2)
+        centres = centres[None, :, None, None, None]
+        offset = torch.randn(self.images, centres.shape[1], self.heads, len(self.maps), self.points, 2)
+        pixels = centres * sizes + offset * self.offset_pixels
+        # Never on a pixel's centre, where gradients jump and float32 falls on either side of it.
+        return ((pixels * 8).floor() + 0.25) / 8 / sizes
+
+    def contenders(self, device, threads):
+        locations = self.locations().to(device).requires_grad_()
+        samples = locations.shape[:-1]
+        weights = torch.rand(samples, device=device).flatten(3).softmax(3).view(samples)
+        maps = torch.tensor(self.maps, device=device)
+        keys = sum(height * width for height, width in self.maps)
+        value = self.leaf(torch.randn(self.images, keys, self.heads, self.channels, device=device))
+        tensors = dict(value=value, maps=maps, locations=locations, weights=self.leaf(weights))
+        leaves = value, locations, tensors["weights"]
+        floor = "grid_sample"
+        yield Contender(
+            "dcn_plugin",
+            lambda: ms_deform_attn(*tensors.values()),
+            leaves,
+            floor,
+            operations=(SAMPLE + 2) * self.channels * prod(samples),
+            gathered=4 * self.channels * self.dtype.itemsize * prod(samples),
+        )
+        if self.dtype.itemsize == 2:
+            wide = [t.detach().float().requires_grad_() for t in leaves]
+            yield Contender("dcn_plugin, float32", lambda: ms_deform_attn(wide[0], maps, *wide[1:]), tuple(wide), floor)
+        yield Contender(
+            floor, lambda: peers.attention_by_grid_sample(self.maps, **tensors), leaves, floor, "dcn_plugin"
+        )
+        for name, run in peers.attention(tensors, device):
+            yield Contender(name, run, leaves, floor, "dcn_plugin", optional=True)
+
+
 C4_VARIANTS = {
     "c4 1x1": dict(kernel=1),
     "c4 5x5": dict(kernel=5),
@@ -266,6 +342,9 @@ def cpu_cases(threads):
         yield Conv(f"{label} zero offsets", shape=shape, offset_pixels=0.0)
     yield Conv("c4 v1", shape=stages["c4"], modulated=False)
     yield RoI("FPN sampling_ratio 2", torch.bfloat16)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield Attention("encoder", dtype, images=1, memory=True)
+        yield Attention("decoder", dtype, queries=300, images=1, quick=True, memory=True)
     for count in sorted({1, 2} - {threads}):
         for label, shape in stages.items():
             yield Conv(label, shape=shape, channels_last=True, threads=count)
@@ -277,6 +356,8 @@ def cuda_cases():
     for dtype, tf32 in ((torch.bfloat16, False), (torch.float16, False), (torch.float32, True), (torch.float32, False)):
         for label, shape in stages.items():
             yield Conv(label, dtype, True, tf32, shape=shape, quick=dtype is torch.bfloat16)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield Attention("encoder", dtype, quick=True)
     for dtype in (torch.float32, torch.float16):
         yield RoI("FPN sampling_ratio 2", dtype, True, quick=dtype is torch.float32)
     yield Conv("c4 depthwise", torch.bfloat16, True, shape=stages["c4"], groups=256, quick=True)
@@ -294,6 +375,9 @@ def cuda_cases():
         yield RoI("FPN sampling_ratio 2", dtype)
     yield RoI("FPN sampling_ratio 0", channels_last=True, sampling_ratio=0)
     yield PSRoI("R-FCN")
+    yield Attention("encoder", torch.float16)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield Attention("decoder", dtype, queries=300)
 
 
 def cases(device, threads):

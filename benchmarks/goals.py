@@ -16,6 +16,7 @@ class Goal:
     operator: str = "deform_conv2d"
     # What our time is divided by: the time of a contender, or "floor" for the one that the case names; "3x3" takes the
     # ratio to the floor and divides it by that of the 3x3 convolution. "memory" is no ratio: it is MiB for each thread.
+    # "bytes" are those of the inputs and outputs, and what is divided is peak memory.
     over: str = "floor"
 
 
@@ -26,6 +27,7 @@ SMALL = ("small", "small channels_last")
 DEPTHWISE = ("c4 depthwise", "c4 depthwise channels_last")
 VARIANTS = tuple(f"c4 {v}" for v in ("deform_groups 4", "1x1", "5x5", "stride 2", "dilation 2"))
 ROI = ("FPN sampling_ratio 2", "FPN sampling_ratio 0")
+ATTENTION = ("encoder", "decoder")
 DETECTOR = ("Faster R-CNN R50-FPN, 2 images 320x320",)
 CPU_GOALS = (
     Goal("v2 forward, float32, 3x3", 1.15, 1.35, STAGES),
@@ -40,6 +42,12 @@ CPU_GOALS = (
     Goal("RoI align forward, to mmcv's roi_align", 0.5, 1.0, ROI, "forward", "deform_roi_align", "mmcv"),
     Goal("RoI align forward + backward", 0.5, 1.0, ROI, BOTH, "deform_roi_align", "mmcv"),
     Goal("peak memory forward, MiB a thread", 8, 16, (*STAGES, *LAST), over="memory"),
+    *(Goal(f"attention {direction}, to mmcv's PyTorch path", 1 / 8, 1 / 4, ATTENTION, direction, "ms_deform_attn",
+           "mmcv") for direction in ("forward", BOTH)),
+    Goal("attention forward, bfloat16 to float32", 0.7, 1, tuple(f"{case} bfloat16" for case in ATTENTION),
+         "forward", "ms_deform_attn", "dcn_plugin, float32"),
+    Goal("attention forward, peak memory to inputs and outputs", 0.05, 0.05, ATTENTION, "forward", "ms_deform_attn",
+         "bytes"),
     *(Goal(f"forward, to {peer}'s", None, 1 / 5, STAGES, over=peer) for peer in ("mmcv", "torchvision")),
     *(Goal(f"with backward, to {peer}'s", None, 1 / 10, STAGES, BOTH, over=peer) for peer in ("mmcv", "torchvision")),
     *(Goal(f"forward, to {peer}'s", None, 1, STAGES, over=peer) for peer in ("openvino", "onnxruntime")),
@@ -58,6 +66,10 @@ CUDA_GOALS = (
          ("FPN sampling_ratio 2 channels_last",), BOTH, "deform_roi_align", "torchvision"),
     Goal("forward, to torchvision's", 1 / 5, 1 / 3, LAST, over="torchvision"),
     Goal("with backward, to torchvision's", 1 / 6, 1 / 3, LAST, BOTH, over="torchvision"),
+    *(Goal(f"attention {direction}, float32, to mmcv's kernel", None, 1, ("encoder", "decoder"), direction,
+           "ms_deform_attn", "mmcv") for direction in ("forward", BOTH)),
+    *(Goal(f"attention {direction}, bfloat16, to mmcv's in float32", None, 1 / 1.5, ("encoder bfloat16",), direction,
+           "ms_deform_attn", "mmcv") for direction in ("forward", BOTH)),
 )  # fmt: skip
 GOALS = dict(cpu=CPU_GOALS, cuda=CUDA_GOALS)
 
@@ -72,6 +84,8 @@ def figure(goal, case, results):
         ours = contenders.get("dcn_plugin", {})
         if over == "memory":
             return ours["peak_mib"] / rows[0]["threads"] if "peak_mib" in ours else None
+        if over == "bytes":
+            return ours["peak_mib"] * 2**20 / rows[0]["roofline"]["bytes"] if "peak_mib" in ours else None
         if over == "floor" or over == ours.get("floor"):
             return ours["ratio"][1] if "ratio" in ours else None
         to_ours = contenders.get(over, {}).get("to_ours")

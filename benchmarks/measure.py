@@ -5,7 +5,7 @@ import os
 import torch
 
 from . import memory, peers, remote
-from .roofline import roofline
+from .roofline import gathering, roofline
 from .timing import DeviceClock, interleave, quartiles, ratios, wall_clock
 
 # How far results may differ that are said to agree, as a share of the largest value.
@@ -130,7 +130,11 @@ def roofline_of(case, contender, direction, device, threads):
         outputs = memory.bytes_of(contender.run())
     inputs = memory.bytes_of(contender.leaves)
     backward = direction == "forward+backward"
-    return roofline(device, case.dtype, threads, case.tf32, inputs, outputs, contender.operations, backward)
+    least = roofline(device, case.dtype, threads, case.tf32, inputs, outputs, contender.operations, backward)
+    if contender.gathered and device == "cpu":
+        least |= gathering(threads, contender.gathered, backward)
+        least["seconds"] = max(least["seconds"], least["gathering_seconds"])
+    return least
 
 
 def timed(case, direction, device, threads, budget):

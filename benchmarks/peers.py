@@ -4,6 +4,7 @@ from functools import cache
 from importlib import import_module
 
 import torch
+from torch.nn import functional as F
 
 # What is imported of each.
 PEERS = dict(
@@ -93,6 +94,43 @@ def roi_align(bins, ratio):
 
         straight.append(("torchvision", torchvisions))
     return straight, moving
+
+
+def attention_by_grid_sample(sizes, value, maps, locations, weights):
+    """Multi-scale deformable attention of PyTorch's own operators, in float32 as autocast has them; ``sizes`` are the
+    maps' on the host.
+    """
+    batch, _, heads, channels = value.shape
+    levels = as_under_autocast(value).split([height * width for height, width in sizes], 1)
+    grids = (2 * locations - 1).transpose(1, 2).flatten(0, 1).unbind(2)  # each (N * heads, Q, P, 2)
+    samples = [
+        F.grid_sample(level.permute(0, 2, 3, 1).reshape(batch * heads, channels, *size), grid, align_corners=False)
+        for level, size, grid in zip(levels, sizes, grids, strict=True)
+    ]
+    weights = as_under_autocast(weights).transpose(1, 2).flatten(0, 1).flatten(2)[:, None]
+    found = (torch.cat(samples, 3) * weights).sum(3)  # (N * heads, D, Q)
+    return found.view(batch, heads * channels, -1).transpose(1, 2).to(value.dtype)
+
+
+def attention(t, device):
+    """mmcv's multi-scale deformable attention, (name, run): its kernel, which CUDA alone has, and its PyTorch path."""
+    if load("mmcv")[0] is None:
+        return
+    module = import_module("mmcv.ops.multi_scale_deform_attn")
+    by_pytorch, function = module.multi_scale_deformable_attn_pytorch, module.MultiScaleDeformableAttnFunction
+    value, maps, locations, weights = t.values()
+    start = (maps.prod(1).cumsum(0) - maps.prod(1)).contiguous()
+
+    def kernel():  # it lacks bfloat16, and float16 gives NaN
+        found = function.apply(as_under_autocast(value), maps, start, locations, as_under_autocast(weights), 64)
+        return found.to(value.dtype)
+
+    def pytorch():
+        return by_pytorch(as_under_autocast(value), maps, locations, as_under_autocast(weights)).to(value.dtype)
+
+    if device == "cuda":
+        yield "mmcv", kernel
+    yield "mmcv grid_sample" if device == "cuda" else "mmcv", pytorch
 
 
 def inference(case, t, device, threads):

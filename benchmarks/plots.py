@@ -98,8 +98,8 @@ def detector_plot(results, path):
         axis.set_yticks(range(len(names)), names)
         axis.invert_yaxis()
         axis.margins(x=0.3)
-        axis.set_title(f"{row['direction']}, seconds an image", fontsize=10)
-    figure.suptitle(f"{rows[0]['case']}, DCNv2 in c3–c5", x=0.02, ha="left", weight="bold", fontsize=11)
+        axis.set_title(f"{row['case']}\n{row['direction']}", fontsize=9)
+    figure.suptitle("Detectors, seconds an image", x=0.02, ha="left", weight="bold", fontsize=11)
     return save(figure, results, path)
 
 

@@ -2,7 +2,7 @@
 
 # How columns and bars are ordered; what is not named comes last.
 ORDER = (
-    *("plain", "dcn_plugin", "dcn_plugin, columns", "dcn_plugin, straight bins"),
+    *("plain", "dcn_plugin", "dcn_plugin, columns", "dcn_plugin, straight bins", "dcn_plugin, float32"),
     *("mmcv", "torchvision", "openvino", "onnxruntime"),
 )
 

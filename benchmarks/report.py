@@ -46,8 +46,8 @@ def roofline_cell(row):
     if "roofline" not in row:
         return ""
     found = row["roofline"]
-    by_copy = found["bytes"] / found["copy_bytes_per_second"]
-    return f"{1e3 * found['seconds']:.3g} ({'bytes' if by_copy == found['seconds'] else 'operations'})"
+    by = {found["bytes"] / found["copy_bytes_per_second"]: "bytes", found.get("gathering_seconds"): "gathering"}
+    return f"{1e3 * found['seconds']:.3g} ({by.get(found['seconds'], 'operations')})"
 
 
 def ratio_table(rows):
@@ -90,7 +90,7 @@ def detector_table(results):
             seconds = found["seconds"][1]
             cells = f"{seconds:.3f}", f"{seconds / row['images']:.3f}", ratio_cell(found)
             lines.append([f"{row['case']}, {row['direction']}", name, *cells])
-    return markdown(["detector", "DCNv2 of", "seconds", "an image", "to plain"], lines)
+    return markdown(["detector", "operators of", "seconds", "an image", "to the floor"], lines)
 
 
 def memory_table(results):
@@ -144,7 +144,7 @@ def machine_line(results):
 def page(results):
     """The whole Markdown page."""
     sections = {"Goals": goal_table(results)}
-    for operator in ("deform_conv2d", "deform_roi_align", "deform_ps_roi_pool"):
+    for operator in ("deform_conv2d", "deform_roi_align", "deform_ps_roi_pool", "ms_deform_attn"):
         for direction in ("forward", "forward+backward"):
             sections[f"{operator}, {direction}"] = ratio_table(select(results, operator, direction))
     sections |= {

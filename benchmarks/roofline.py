@@ -4,6 +4,9 @@ Bytes are those of every input and output, each moved once; with the backward, i
 the output is read and the gradients of the inputs are written. Operations are multiplications and additions of the
 product and of interpolating the samples; the backward has twice as many as the forward. What fits in a cache may be
 faster.
+
+Where an operator does little else than gather pixels, the least time is also that of their bytes from the second-level
+cache: those of the values once in the forward, and in the backward once more, beside their gradients, read and written.
 """
 
 from functools import cache
@@ -24,6 +27,15 @@ def copy_rate(device, threads):
     source = torch.zeros(1 << (28 if device == "cpu" else 30), dtype=torch.uint8, device=device)
     target = torch.ones_like(source)
     return 2 * source.nbytes / min(wall_clock(lambda: target.copy_(source), 1) for _ in range(ROUNDS))
+
+
+@cache
+def cache_rate(threads):
+    """Bytes a second that each thread's core reads from its second-level cache, together: a sum over 256 KiB, again and
+    again."""
+    torch.set_num_threads(threads)
+    repeated = torch.zeros(1 << 16).expand(1024, -1)
+    return repeated.numel() * 4 / min(wall_clock(lambda: repeated.sum(), 1) for _ in range(ROUNDS))
 
 
 @cache
@@ -49,6 +61,13 @@ def product_rate(device, dtype, threads, tf32):
     with torch.no_grad():
         product()
         return 2 * size**3 / min(wall_clock(product, 2) for _ in range(ROUNDS))
+
+
+def gathering(threads, gathered, backward):
+    """What the record holds of gathering so many bytes in the forward."""
+    gathered *= 4 if backward else 1
+    rate = cache_rate(threads)
+    return dict(gathered=gathered, cache_bytes_per_second=round(rate), gathering_seconds=gathered / rate)
 
 
 def roofline(device, dtype, threads, tf32, inputs, outputs, operations, backward):

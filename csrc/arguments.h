@@ -3,6 +3,7 @@
 #include "deform_conv2d_shape.h"
 #include "deform_ps_roi_pool_shape.h"
 #include "deform_roi_align_shape.h"
+#include "ms_deform_attn_shape.h"
 #include "tensor.h"
 
 namespace dcn {
@@ -42,6 +43,27 @@ inline DeformPSRoIPoolShape checked_shape(const Tensor& input, const Tensor& roi
   check_roi_tensors(input, rois, offset);
   return make_deform_ps_roi_pool_shape(sizes(input), sizes(rois), sizes(offset), sizes(output_size), sizes(group_size),
                                        sizes(part_size), sample_per_part, spatial_scale, trans_std);
+}
+
+inline MSDeformAttnShape checked_shape(const Tensor& value, const Tensor& spatial_shapes,
+                                       const Tensor& sampling_locations, const Tensor& attention_weights) {
+  check_floating(value, "value");
+  check(spatial_shapes.scalar_type() == ScalarType::Long, "spatial_shapes must be int64, got ",
+        torch::headeronly::toString(spatial_shapes.scalar_type()));
+  if (!spatial_shapes.is_cpu()) check_same_device(spatial_shapes, value, "spatial_shapes", "value");
+  check_same_device(sampling_locations, value, "sampling_locations", "value");
+  check_same_device(attention_weights, value, "attention_weights", "value");
+  const ScalarType type = value.scalar_type(), compute = compute_type(type);
+  const auto check_type = [&](const Tensor& t, bool fits, const char* name) {
+    check(fits, name, " must be ", torch::headeronly::toString(compute), " beside a value of ",
+          torch::headeronly::toString(type), ", got ", torch::headeronly::toString(t.scalar_type()), " (shapes: value ",
+          sizes(value), ", ", name, " ", sizes(t), ")");
+  };
+  const ScalarType weights = attention_weights.scalar_type();
+  check_type(sampling_locations, sampling_locations.scalar_type() == compute, "sampling_locations");
+  check_type(attention_weights, weights == compute || weights == type, "attention_weights");
+  return make_ms_deform_attn_shape(sizes(value), sizes(spatial_shapes), sizes(sampling_locations),
+                                   sizes(attention_weights));
 }
 
 }  // namespace dcn

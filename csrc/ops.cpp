@@ -28,6 +28,14 @@ STABLE_TORCH_LIBRARY(dcn_plugin, m) {
       "deform_ps_roi_pool_backward(Tensor grad_output, Tensor input, Tensor rois, Tensor? offset, int[2] output_size, "
       "int[2] group_size, int[2] part_size, int sample_per_part, float spatial_scale, float trans_std, "
       "bool need_input, bool need_offset, bool deterministic=False) -> (Tensor grad_input, Tensor grad_offset)");
+  // spatial_shapes is on the CPU or on value's device.
+  m.def(
+      "ms_deform_attn(Tensor value, Tensor spatial_shapes, Tensor sampling_locations, Tensor attention_weights) -> "
+      "Tensor");
+  m.def(
+      "ms_deform_attn_backward(Tensor grad_output, Tensor value, Tensor spatial_shapes, Tensor sampling_locations, "
+      "Tensor attention_weights, bool need_value, bool need_sampling, bool deterministic=False) -> "
+      "(Tensor grad_value, Tensor grad_sampling_locations, Tensor grad_attention_weights)");
   // Of boxes (N, 4) sorted by score, best first: for each the place of the one that suppresses it, or its own if it
   // stays.
   m.def("nms_suppressors(Tensor boxes, float iou_threshold, int offset=0) -> Tensor");

@@ -45,6 +45,13 @@ DCN_INLINE AxisSample<T> locate_on_map(T position, int32_t size) {
   return locate_clamped(position, size);
 }
 
+// Attention: a location is a share of the map's size, 0 at its outer edge, half a pixel before the first pixel's
+// centre; beyond, the map is padded with zeros as for a convolution. The derivative of the position is `size`.
+template <class T>
+DCN_INLINE AxisSample<T> locate_share(T location, int32_t size) {
+  return locate_zero_padded(location * T(size) - T(0.5), size);
+}
+
 // A sample of a map of `width` columns: its four pixels (top left, top right, bottom left, bottom right; row-major
 // index, -1 outside the map), their weights, and the fractions that the derivatives need.
 template <class T>

@@ -10,6 +10,9 @@
 
 #include "check.h"
 
+// What an operation that failed last in this thread said: in libtorch from 2.13 on.
+extern "C" const char* torch_exception_get_what_without_backtrace() __attribute__((weak));
+
 namespace dcn {
 
 using torch::headeronly::MemoryFormat;
@@ -25,9 +28,10 @@ inline std::optional<Sizes> sizes(const std::optional<Tensor>& t) {
 
 inline Sizes sizes(const IntList& list) { return {list.data(), list.size()}; }
 
-inline void check_same_device(const Tensor& t, const Tensor& input, const char* name) {
-  check(t.device() == input.device(), name, " must be on input's device (shapes: input ", sizes(input), ", ", name, " ",
-        sizes(t), ")");
+inline void check_same_device(const Tensor& t, const Tensor& input, const char* name,
+                              const char* input_name = "input") {
+  check(t.device() == input.device(), name, " must be on ", input_name, "'s device (shapes: ", input_name, " ",
+        sizes(input), ", ", name, " ", sizes(t), ")");
 }
 
 // Throws unless `t` has input's dtype and device.
@@ -62,15 +66,6 @@ inline MemoryFormat format_of(bool channels_last) {
 
 inline MemoryFormat format_of(const Tensor& t) { return format_of(prefers_channels_last(t)); }
 
-inline Tensor as(const Tensor& t, ScalarType type, MemoryFormat format = MemoryFormat::Contiguous) {
-  const Tensor converted = t.scalar_type() == type ? t : torch::stable::to(t, type);
-  return torch::stable::contiguous(converted, format);
-}
-
-inline std::optional<Tensor> as(const std::optional<Tensor>& t, ScalarType type) {
-  return t ? std::optional<Tensor>(as(*t, type)) : std::nullopt;
-}
-
 inline double bytes_of(ScalarType type) {
   switch (type) {
     case ScalarType::Double:
@@ -84,14 +79,39 @@ inline double bytes_of(ScalarType type) {
   }
 }
 
+// The error of a tensor on like's device that could not be allocated: the ABI says no more than "API call failed".
+inline std::runtime_error out_of_memory(const Tensor& like, Sizes size, ScalarType type) {
+  std::ostringstream text;
+  if (like.is_cuda() && torch_exception_get_what_without_backtrace) {
+    // It also tells an earlier error of the GPU from a lack of memory.
+    text << torch_exception_get_what_without_backtrace() << " (a tensor of shape " << size << ')';
+  } else {
+    double bytes = bytes_of(type);
+    for (const int64_t n : size) bytes *= static_cast<double>(n);
+    text << (like.is_cuda() ? "CUDA out of memory. Tried to allocate " : "out of memory: cannot allocate ")
+         << bytes / (1 << 30) << " GiB, a tensor of shape " << size;
+  }
+  return std::runtime_error(text.str());
+}
+
+inline Tensor as(const Tensor& t, ScalarType type, MemoryFormat format = MemoryFormat::Contiguous) {
+  try {
+    const Tensor converted = t.scalar_type() == type ? t : torch::stable::to(t, type);
+    return torch::stable::contiguous(converted, format);
+  } catch (const std::exception&) {
+    throw out_of_memory(t, sizes(t), type);
+  }
+}
+
+inline std::optional<Tensor> as(const std::optional<Tensor>& t, ScalarType type) {
+  return t ? std::optional<Tensor>(as(*t, type)) : std::nullopt;
+}
+
 inline Tensor empty(const Tensor& like, IntList size, ScalarType type, MemoryFormat format = MemoryFormat::Contiguous) {
   try {
     return torch::stable::empty({size.data(), size.size()}, type, std::nullopt, like.device(), std::nullopt, format);
-  } catch (const std::exception&) {  // of the ABI, whose only words are "API call failed"
-    double bytes = bytes_of(type);
-    for (const int64_t n : size) bytes *= static_cast<double>(n);
-    check(false, "out of memory: cannot allocate ", bytes / (1 << 30), " GiB, a tensor of shape ", sizes(size));
-    throw;
+  } catch (const std::exception&) {
+    throw out_of_memory(like, sizes(size), type);
   }
 }
 

@@ -1,4 +1,4 @@
-"""Lists the convolutions of a model and what its deformable ones cost; needs torch alone."""
+"""Lists the convolutions of a model, what its deformable ones cost, and its deformable attention; needs torch alone."""
 
 import copy
 from collections import defaultdict
@@ -8,25 +8,31 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.overrides import TorchFunctionMode
 
 from .convert import KINDS
-from .layers import DeformConv2d, ModulatedDeformConv2d
+from .layers import DeformConv2d, ModulatedDeformConv2d, MultiScaleDeformableAttention
 from .layers.zero_init import ZeroInitConv2d
-from .ops.flops import product, sampling
+from .ops.flops import NEIGHBOURS, product, sampling
 
 # What a detector runs on the maps of its neck. RoI heads are not among them: their cost depends on the number of boxes.
 DENSE_HEADS = ("rpn_head", "bbox_head", "mask_head", "semantic_head", "roi_head.semantic_head")
 HEADINGS = ("convolution", "channels", "kernel", "", "deformable", "chosen by", "+params", "FLOPs", "+FLOPs")
+ATTENTION_HEADINGS = ("attention", "width", "heads", "levels", "points", "params", "FLOPs a query", "FLOPs a pixel")
 
 
 def describe(model: nn.Module, shape: tuple[int, int] = (800, 1216)) -> str:
     """A table of a model's spatial convolutions: which are deformable, what chose them, their parameters and FLOPs.
 
+    A second table has the layers of multi-scale deformable attention, where there are any; their FLOPs are those of
+    each query, and of each pixel of the maps that they attend to.
+
     Args:
         model: any module; it is copied and stays as it is.
         shape: (height, width) of the image that its FLOPs (multiply-adds) are counted for.
     """
-    model = copy.deepcopy(model)
+    with _CopiesResults():
+        model = copy.deepcopy(model)
     names: dict[Any, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, _ConvNd) and not isinstance(module, ZeroInitConv2d):
@@ -72,7 +78,38 @@ def describe(model: nn.Module, shape: tuple[int, int] = (800, 1216)) -> str:
     ]
     if any(row[7] == "-" for row in rows):
         footer.append("-: not counted, since it runs on boxes or could not be traced")
-    return "\n".join([*_aligned([HEADINGS, *rows]), *footer])
+    attention = _attention(model)
+    return "\n".join(
+        [*_aligned([HEADINGS, *rows]), *(["", *_aligned(attention, left=1)] if attention else []), *footer]
+    )
+
+
+def _attention(model: nn.Module) -> list[tuple[str, ...]]:
+    """The table of attention layers, headings first; empty where there are none."""
+    rows = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, MultiScaleDeformableAttention):
+            samples = NEIGHBOURS * layer.num_levels * layer.num_points * layer.value_proj.out_features
+            of_query = (layer.sampling_offsets, layer.attention_weights, layer.output_proj)
+            rows.append(
+                (
+                    name,
+                    *map(str, (layer.embed_dims, layer.num_heads, layer.num_levels, layer.num_points)),
+                    f"{sum(parameter.numel() for parameter in layer.parameters()):,}",
+                    f"{samples + sum(linear.weight.numel() for linear in of_query):,}",
+                    f"{layer.value_proj.weight.numel():,}",
+                )
+            )
+    return [ATTENTION_HEADINGS, *rows] if rows else []
+
+
+class _CopiesResults(TorchFunctionMode):
+    """Lets deepcopy copy tensors that autograd computed, such as the weight that weight_norm leaves in a module."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.__deepcopy__ and not args[0].is_leaf:
+            return args[0].detach().to("meta")
+        return func(*args, **(kwargs or {}))
 
 
 def _trace(model: nn.Module, shape: tuple[int, int]) -> dict:
@@ -132,9 +169,9 @@ def _giga(flops: int | None) -> str:
     return "-" if flops is None else f"{flops / 1e9:.2f} G"
 
 
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+def _aligned(rows: list[tuple[str, ...]], left: int = len(HEADINGS) - 3) -> list[str]:
+    """Columns, the first ``left`` of them to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    left = len(HEADINGS) - 3  # names to the left, numbers to the right
     return [
         "  ".join(
             cell.ljust(width) if i < left else cell.rjust(width)

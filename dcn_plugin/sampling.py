@@ -64,6 +64,24 @@ def ps_roi_pool_parts(size: Sequence[int], rois: Tensor, offset: Tensor, scale: 
     return Samples(*bins, (y >= -0.5) & (y <= height - 0.5) & (x >= -0.5) & (x <= width - 0.5))
 
 
+def attention_samples(spatial_shapes: Tensor, reference_points: Tensor, sampling_locations: Tensor) -> Samples:
+    """The samples of multi-scale deformable attention: (N, Q, heads, levels, points) each, in pixels of their levels.
+
+    Displacements are from the reference points.
+
+    Args:
+        spatial_shapes: (levels, 2) as (H, W).
+        reference_points: (N, Q, levels, 2 or more), x first.
+        sampling_locations: as the operator's.
+    """
+    sizes = spatial_shapes.to(sampling_locations.device).flip(-1)[:, None]  # W, H
+    x, y = (sampling_locations.float() * sizes - 0.5).unbind(-1)
+    reference = reference_points.float()[:, :, None, :, None, :2]
+    dx, dy = ((sampling_locations - reference) * sizes).unbind(-1)
+    width, height = sizes.unbind(-1)
+    return Samples(dy, dx, y, x, (y > -1) & (y < height) & (x > -1) & (x < width))
+
+
 def roi_align_edges(rois: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Low edges and sizes (K, 2) of RoIs, x first, in pixels of the map, whose centres have whole coordinates."""
     low, high = (rois[:, 1:].float() * scale - 0.5).split(2, dim=1)

@@ -1,9 +1,29 @@
 import sys
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 
+HERE = Path(__file__).parent
+# What takes a minute and more, though it has few tests.
+LONG_FILES = [
+    HERE / "cuda/test_build.py",
+    HERE / "packaging/test_sdist.py",
+    HERE / "cpu/test_oldest_torch.py",
+    HERE / "commands/test_export.py",
+    HERE / "test_import.py",
+    HERE / "zoo/test_mmdet_configs.py",
+    HERE / "tools/test_gpu_check.py",
+]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first, then those of many tests: so that in the end no process of pytest-xdist waits for another."""
+    tests = Counter(item.path for item in items)
+    place = {path: i for i, path in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: (place.get(item.path, len(place)), -tests[item.path], item.path))
 
 
 @pytest.fixture(params=DEVICES)

@@ -97,12 +97,37 @@ CHOICES: dict[str, dict[str, tuple]] = {
         sample_per_part=POWERS,
         reach=(0, 1, 4),
     ),
+    "ms_deform_attn": dict(
+        seed=(0,),
+        dtype=tuple(DTYPES),
+        layout=tuple(LAYOUTS),
+        threads=(1, 2, 3),
+        batch=(1, 0, 2, 3),
+        heads=(1, 2, 3, 8),
+        channels=(*SIZES, 32, 64, 130),
+        queries=(1, 0, 2, 5, 17, 40),
+        levels=(1, 2, 3, 4),
+        points=(1, 2, 3, 4, 9),
+        height=SIZES,
+        width=SIZES,
+        float32_weights=(False, True),
+        reach=(0, 1, 4, 40),
+        wild=(0.0, 0.1),
+    ),
 }
+
+
+WILD = float("nan"), float("inf"), -float("inf"), 1e30, -3e9
 
 
 def on_grid(shape, reach):
     """Random multiples of 1/16 within +-reach, which bfloat16 holds exactly up to 16."""
     return torch.randint(-16 * reach, 16 * reach + 1, shape).double() / 16
+
+
+def make_wild(positions, share):
+    wild = torch.rand(positions.shape) < share
+    positions[wild] = torch.tensor(WILD)[torch.randint(len(WILD), (int(wild.sum()),))].double()
 
 
 def make_conv(c):
@@ -116,10 +141,7 @@ def make_conv(c):
     ]
     taps = kernel[0] * kernel[1] * c["deform_groups"]
     offset = on_grid((c["batch"], 2 * taps, *size), c["reach"])
-    wild = torch.rand(offset.shape) < c["wild"]
-    offset[wild] = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e30, -3e9])[
-        torch.randint(5, (int(wild.sum()),))
-    ].double()
+    make_wild(offset, c["wild"])
     tensors = dict(
         input=torch.randn(c["batch"], channels, c["height"], c["width"]),
         offset=offset,
@@ -170,15 +192,43 @@ def make_ps_roi_pool(c):
     return tensors, options
 
 
-MAKE = dict(deform_conv2d=make_conv, deform_roi_align=make_roi_align, deform_ps_roi_pool=make_ps_roi_pool)
+def make_attention(c):
+    shapes = [(max(c["height"] >> level, 1), max(c["width"] >> level, 1)) for level in range(c["levels"])]
+    samples = c["batch"], c["queries"], c["heads"], c["levels"], c["points"]
+    sizes = torch.tensor(shapes).flip(1)[:, None].double()
+    # Of pixels, at least 1/32 from any pixel's centre.
+    positions = (torch.rand(*samples, 2) * sizes).floor() + on_grid((*samples, 2), c["reach"]) + 1 / 32
+    locations = (positions + 0.5) / sizes
+    make_wild(locations, c["wild"])
+    tensors = dict(
+        value=torch.randn(c["batch"], sum(h * w for h, w in shapes), c["heads"], c["channels"]),
+        sampling_locations=locations,
+        attention_weights=torch.rand(samples),
+    )
+    return tensors, dict(spatial_shapes=shapes)
+
+
+MAKE = dict(
+    deform_conv2d=make_conv,
+    deform_roi_align=make_roi_align,
+    deform_ps_roi_pool=make_ps_roi_pool,
+    ms_deform_attn=make_attention,
+)
+
+
+def dtype_of(name, case):
+    """A tensor's: locations are never of half types, attention weights need not be."""
+    dtype = DTYPES[case["dtype"]]
+    wide = name == "sampling_locations" or name == "attention_weights" and case["float32_weights"]
+    return torch.float32 if wide and dtype != torch.float64 else dtype
 
 
 def _with_gradients(operator):
     """Without RoIs, or with none on the map, a reference reads nothing that has gradients."""
 
-    def function(input, **tensors):
-        output = operator(input, **tensors)
-        return output if output.requires_grad else output + 0 * input.sum()
+    def function(**tensors):
+        output = operator(**tensors)
+        return output if output.requires_grad else output + 0 * tensors["input"].sum()
 
     return function
 
@@ -188,7 +238,7 @@ def problem(operator, case):
     torch.manual_seed(case["seed"])
     dtype = DTYPES[case["dtype"]]
     tensors, options = MAKE[operator](case)
-    tensors = {name: LAYOUTS[case["layout"]](t.to(dtype)) for name, t in tensors.items()}
+    tensors = {name: LAYOUTS[case["layout"]](t.to(dtype_of(name, case))) for name, t in tensors.items()}
     threads = torch.get_num_threads()
     torch.set_num_threads(case["threads"])
     try:
@@ -250,7 +300,7 @@ def main(arguments=None):
     print(f"seed {seed}", flush=True)
     draw, end, cases, failures = random.Random(seed), time.monotonic() + 60 * args.minutes, 0, 0
     while time.monotonic() < end and failures < 5:
-        operator = draw.choices(list(CHOICES), (3, 1, 1))[0]
+        operator = draw.choices(list(CHOICES), (3, 1, 1, 1))[0]
         case = {name: draw.choice(choices) for name, choices in CHOICES[operator].items()}
         case["seed"] = draw.randrange(2**31)
         cases += 1

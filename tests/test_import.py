@@ -216,16 +216,20 @@ for kind in ("DCN", "DCNv2"):
 @pytest.mark.parametrize(
     ("module", "blocked", "message"),
     [
-        ("mmengine", dict(missing=("mmengine",)), "needs MMEngine, which does not import (ModuleNotFoundError"),
-        ("mmengine", dict(broken=("mmengine",)), "needs MMEngine, which does not import (ImportError: undefined"),
-        ("mmdet", dict(missing=("mmengine",)), "dcn_plugin.mmengine needs MMEngine, which does not import"),
-        ("mmdet", dict(missing=("mmdet",)), "needs MMDetection, which does not import (ModuleNotFoundError"),
-        ("mmdet", dict(broken=("mmdet",)), "needs MMDetection, which does not import (ImportError: undefined symbol"),
+        ("mmengine", dict(missing=("mmengine",)), "needs mmengine, which is not installed: `pip install 'mmengine"),
+        ("mmengine", dict(broken=("mmengine",)), "is installed, but importing it fails with ImportError: undefined"),
+        ("mmengine", dict(missing=("addict",)), "fails with ModuleNotFoundError: No module named 'addict'"),
+        ("mmdet", dict(missing=("mmengine",)), "dcn_plugin.mmengine needs mmengine, which is not installed"),
+        ("mmdet", dict(missing=("mmdet",)), "needs mmdet, which is not installed: `pip install 'mmdet"),
+        ("mmdet", dict(missing=("mmcv",)), "needs mmcv, which is not installed: `pip install 'mmdet"),
+        ("mmdet", dict(broken=("mmdet",)), "MMDetection is installed, but importing it fails with ImportError"),
+        ("mmdet", dict(missing=("pycocotools",)), "fails with ModuleNotFoundError: No module named 'pycocotools'"),
         ("mmdet", dict(broken=("mmcv._ext",)), "mmcv.ops does not import (ImportError: undefined symbol"),
     ],
 )
 def test_what_is_missing_or_broken_is_one_sentence(module, blocked, message):
     text = import_error(f"dcn_plugin.{module}", **blocked)
+    assert ("pip install" in text) == ("which is not installed" in text)
     assert message in text and "install" in text and "\n" not in text
 
 

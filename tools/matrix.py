@@ -32,6 +32,7 @@ BEGIN, END = "<!-- written by tools/matrix.py -->\n", "<!-- until here -->"
 TORCH = ["2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0"]
 FORK = ["onedl-mmdetection==3.5.1", "onedl-mmengine==0.10.12", "onedl-mmcv==2.3.6"]
 FORK_TORCH = "torch==2.13.0"
+TOOLS = ["pytest", "pytest-xdist", "filelock"]
 OPERATORS = ["tests/ops"]
 DETECTORS = ["tests/mmengine", "tests/mmdet", "tests/convert", "tests/projects/test_digits.py"]
 # It asks whether the package is the checkout's, and here it is the wheel's.
@@ -71,22 +72,22 @@ def copy(names, folder):
     return folder
 
 
-def digest(name):
-    """Of what an environment's tests depend on: its requirements, the package, the tests."""
-    found = hashlib.sha256(" ".join(requirements(name)).encode())
-    for top in [BUILD / "sources", *(BUILD / "tests" / tests for tests in tests_of(name))]:
-        files = sorted(top.rglob("*") if top.is_dir() else [top])
-        for path in files:
+def digest(*tops, said=""):
+    """Of what is said and of the sources below some folders."""
+    found = hashlib.sha256(said.encode())
+    for top in tops:
+        for path in sorted(top.rglob("*") if top.is_dir() else [top]):
             if path.suffix in (".py", ".cpp", ".h"):
                 found.update(f"{path.relative_to(BUILD)}\n".encode() + path.read_bytes())
     return found.hexdigest()[:12]
 
 
 def build_wheel(sources):
-    wheels = BUILD / "wheel"
-    shutil.rmtree(wheels, ignore_errors=True)
-    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "--wheel-dir", wheels, "."]
-    run(*pip, cwd=sources, env={**os.environ, "DCN_PLUGIN_CUDA": "0"}, check=True)
+    wheels = BUILD / "wheel" / digest(sources)
+    if not list(wheels.glob("*.whl")):
+        shutil.rmtree(BUILD / "wheel", ignore_errors=True)
+        pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "--wheel-dir", wheels]
+        run(*pip, ".", cwd=sources, env={**os.environ, "DCN_PLUGIN_CUDA": "0"}, check=True)
     (wheel,) = wheels.glob("*.whl")
     return wheel
 
@@ -96,10 +97,10 @@ def test(name, wheel, tests, keep):
     folder, report = BUILD / name, BUILD / f"{name}.xml"
     python = folder / "bin" / "python"
     run(sys.executable, "-m", "venv", folder, check=True)
-    run(python, "-m", "pip", "install", "-q", *requirements(name), "pytest", "filelock", check=True)
+    run(python, "-m", "pip", "install", "-q", *requirements(name), *TOOLS, check=True)
     run(python, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", wheel, check=True)
     report.unlink(missing_ok=True)
-    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *OPTIONS, f"--junitxml={report}"]
+    pytest = [python, "-m", "pytest", "-q", "-n", "auto", "-p", "no:cacheprovider", *OPTIONS, f"--junitxml={report}"]
     # Nothing but the copy of the tests is beside the working directory: the package comes from the wheel.
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     status = run(*pytest, *tests_of(name), cwd=tests, env=env).returncode
@@ -159,7 +160,10 @@ def main():
 
     sources, tests = copy(PACKAGE, BUILD / "sources"), copy(TESTS, BUILD / "tests")
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    digests = {name: digest(name) for name in args.environment}
+    digests = {
+        name: digest(sources, *(tests / one for one in tests_of(name)), said=" ".join(requirements(name)))
+        for name in args.environment
+    }
     todo = [name for name in digests if args.again or record.get(name, {}).get("digest") != digests[name]]
     wheel = build_wheel(sources) if todo else None
     for name in todo:

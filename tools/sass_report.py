@@ -15,8 +15,8 @@ The ratio is to the dense convolution's cycles for the same products. The lower 
 as with several blocks on a multiprocessor; the upper one that a block waits at its barrier, so that only what stands
 between the first and the last matrix instruction overlaps with the products.
 
-"first" is the position of the first matrix instruction in the loop. "smem" is static shared memory, to which a launch
-adds what the tile and the shape need.
+"first" is the position of the first matrix instruction in the loop. "smem" is static shared memory and, from 9.0 on, the
+1024 bytes that the system reserves; a launch adds what the tile and the shape need.
 """
 
 import argparse
@@ -137,24 +137,31 @@ def loops(instructions):
 
 def trips(instructions, first, last):
     """How often a loop runs, or None where that is no constant: a counter that is set before it, raised by a constant
-    and compared with one.
+    and compared with one, or a flag that is set before it and cleared in its first iteration.
     """
-    predicate = re.match(r"@!?(P\d)", instructions[last].text)
-    if not predicate:
+    body, before = (
+        [x.text.replace(".reuse", "") for x in part] for part in (instructions[first:last], instructions[:first])
+    )
+    # Before a branch without a condition, 8.0 leaves the loop by a call.
+    ending = [instructions[last].text, body[-1] if ".NOINC" in body[-1] else ""]
+    branch = re.search(r"^@!?(U?P\d) |^BRA\.U !?(UP\d),", next((t for t in ending if not t.startswith("BRA ")), ""))
+    if not branch:
         return None
-    predicate, body = predicate[1], [x.text.replace(".reuse", "") for x in instructions[first:last]]
-    copies = [re.match(rf"PLOP3\.LUT {predicate}, PT, PT, PT, (UP\d),", t) for t in body]
+    predicate = branch[1] or branch[2]
+    copies = [re.match(rf"U?PLOP3\.LUT {predicate}, U?PT, U?PT, U?PT, (UP\d), 0x80,", t) for t in body]
     predicate = next((found[1] for found in reversed(copies) if found), predicate)
     number = r"(0x[0-9a-f]+)"
     compare = [re.match(rf"U?ISETP\.\w+(?:\.U32)?\.AND {predicate}, U?PT, (U?R\d+), {number}, U?PT", t) for t in body]
     compare = [found for found in compare if found]
     if not compare:
-        return None
+        constant = rf"UPLOP3\.LUT {predicate}, UPT, UPT, UPT, UPT, (0x\d+),"
+        cleared = [found[1] for t in body if (found := re.match(constant, t))]
+        set_to = [found[1] for t in before if (found := re.match(constant, t))][-1:]
+        return 2 if any(copies) and (set_to, cleared) == (["0x80"], ["0x40"]) else None
     counter, end = compare[-1][1], int(compare[-1][2], 16)
-    steps = [re.match(rf"(?:VIADD|U?IADD3) {counter}, {counter}, {number}", t) for t in body]
+    steps = [re.match(rf"(?:VIADD|U?IADD3) {counter}, (?:U?PT, U?PT, )?{counter}, {number}", t) for t in body]
     steps = [int(found[1], 16) for found in steps if found]
-    before = (x.text.replace(".reuse", "") for x in reversed(instructions[:first]))
-    setting = next((t for t in before if re.match(rf"\S+ {counter},", t)), "")
+    setting = next((t for t in reversed(before) if re.match(rf"\S+ {counter},", t)), "")
     start = re.match(rf"(?:U?MOV|IMAD\.MOV\.U32) {counter}, (?:RZ, RZ, )?(U?RZ|{number})$", setting)
     if len(steps) != 1 or not start:
         return None

@@ -27,24 +27,6 @@ constexpr int kStripRows = 8;
 // In the gather, a thread takes one vector of a chunk in every 32nd row of a tile.
 constexpr int kGatherRows = kFusedThreads / kChunkVectors;
 
-// Divides non-negative integers by a positive one that is known before the launch.
-class Divisor {
- public:
-  explicit Divisor(int64_t divisor) : divisor_(static_cast<int>(divisor)) {
-    while (int64_t(1) << shift_ < divisor) ++shift_;
-    magic_ = static_cast<uint32_t>((((uint64_t(1) << shift_) - divisor) << 32) / divisor + 1);
-  }
-  DCN_MEMBER int value() const { return divisor_; }
-  DCN_MEMBER int quotient(int n) const {
-    const uint32_t high = static_cast<uint32_t>(static_cast<uint64_t>(static_cast<uint32_t>(n)) * magic_ >> 32);
-    return static_cast<int>((high + static_cast<uint32_t>(n)) >> shift_);
-  }
-
- private:
-  uint32_t magic_;
-  int divisor_, shift_ = 0;
-};
-
 // The sizes of the shape that kernels read in inner loops, as 32-bit integers and without divisions.
 struct FusedSizes {
   int rows, channels, taps, group_channels, group_out_channels;
@@ -268,24 +250,6 @@ DCN_DEVICE Corners<T> load_corners(const TableEntry& entry, const T* map, const 
     memcpy(&corners.lane[i], &bits, sizeof bits);
   }
   return corners;
-}
-
-template <class T, int N>
-DCN_DEVICE Vec<float, N> widen(const Vec<T, N>& x) {
-  Vec<float, N> y;
-  if constexpr (std::is_same_v<T, bfloat16_t>) {  // its bits are a float's upper half
-    uint32_t pairs[N / 2];
-    memcpy(pairs, &x, sizeof pairs);
-#pragma unroll
-    for (int i = 0; i < N / 2; ++i) {
-      y.lane[2 * i] = __uint_as_float(pairs[i] << 16);
-      y.lane[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000u);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; ++i) y.lane[i] = to_accum(x.lane[i]);
-  }
-  return y;
 }
 
 template <class T>

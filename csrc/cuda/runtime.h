@@ -7,6 +7,7 @@
 //            blocks_for(items, threads)                 blocks of a one-dimensional grid-stride launch
 //            dispatch(type, [&]<class T>(T) { ... })    T: float, double, half_t or bfloat16_t
 //            view(tensor, sizes, strides, offset)       another view of a tensor's memory
+//            on_host(tensor)                            whether the host can read it
 //            as_layout(tensor, channels_last), supports_vectors<T>(tensor, channels)
 //            STABLE_TORCH_LIBRARY_IMPL(dcn_plugin, DCN_DISPATCH_KEY, m) { ... }
 //   kernel   __global__, __device__, __launch_bounds__, threadIdx ..., __syncthreads, __syncwarp, __shfl_*_sync,
@@ -17,7 +18,10 @@
 //            thread_index(), thread_count()               of a one-dimensional launch, int64: grid-stride loops
 //            Vec<T, N>, load<N>(p), store(p, vec)         N neighbours in one access; p aligned to N * sizeof(T)
 //            Accum<T>, to_accum(x), round_to<T>(x)        the type of arithmetic for T, and conversions
+//            Divisor(d).quotient(n)                       n / d, d known before the launch
+//            widen(vec)                                   to_accum of N neighbours
 //            atomic_add(p, x), atomic_add(p, vec)         without a result, so that they compile to reductions
+//            wide_product(a, b)                           of 32-bit numbers, in 64 bits
 //            warp_sum(x, lanes)                           sums over aligned groups of `lanes` neighbouring lanes
 //
 // The shim also checks what CUDA leaves undefined: shared memory is NaN at a block's start, all threads of a block must
@@ -27,6 +31,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <mutex>
 #include <set>
 #include <type_traits>
@@ -126,9 +131,13 @@ class DeviceScope {
   cudaStream_t stream_;
 };
 
+// Whether the host can read what a tensor holds.
+inline bool on_host(const Tensor& t) { return t.is_cpu(); }
+
 #else
 
 inline int max_shared_bytes() { return cuda_host::max_shared_bytes(); }
+inline bool on_host(const Tensor&) { return cuda_host::tensors_are_on_host(); }
 
 class DeviceScope {
  public:
@@ -188,10 +197,39 @@ bool supports_vectors(const Tensor& t, int64_t channels) {
   return channels % (16 / sizeof(T)) == 0 && reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
 }
 
+// Divides non-negative integers by a positive one that is known before the launch.
+class Divisor {
+ public:
+  explicit Divisor(int64_t divisor) : divisor_(static_cast<int>(divisor)) {
+    while (int64_t(1) << shift_ < divisor) ++shift_;
+    magic_ = static_cast<uint32_t>((((uint64_t(1) << shift_) - divisor) << 32) / divisor + 1);
+  }
+  DCN_MEMBER int value() const { return divisor_; }
+  DCN_MEMBER int quotient(int n) const {
+    const uint32_t high = static_cast<uint32_t>(static_cast<uint64_t>(static_cast<uint32_t>(n)) * magic_ >> 32);
+    return static_cast<int>((high + static_cast<uint32_t>(n)) >> shift_);
+  }
+
+ private:
+  uint32_t magic_;
+  int divisor_, shift_ = 0;
+};
+
 // ---- Kernels
 
 DCN_DEVICE int64_t thread_index() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
 DCN_DEVICE int64_t thread_count() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
+
+// a * b, in one instruction: nvcc widens a factor that a loop does not change before the loop, and multiplies 64 bits.
+DCN_DEVICE uint64_t wide_product(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+  uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return static_cast<uint64_t>(a) * b;
+#endif
+}
 
 template <class T>
 using Accum = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -215,6 +253,24 @@ template <class T, int N>
 struct alignas(sizeof(T) * N) Vec {
   T lane[N];
 };
+
+template <class T, int N>
+DCN_DEVICE Vec<Accum<T>, N> widen(const Vec<T, N>& x) {
+  Vec<Accum<T>, N> y;
+  if constexpr (std::is_same_v<T, bfloat16_t> && N % 2 == 0) {  // its bits are a float's upper half
+    uint32_t pairs[N / 2];
+    memcpy(pairs, &x, sizeof pairs);
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) {
+      y.lane[2 * i] = __uint_as_float(pairs[i] << 16);
+      y.lane[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) y.lane[i] = to_accum(x.lane[i]);
+  }
+  return y;
+}
 
 template <int N, class T>
 DCN_DEVICE Vec<T, N> load(const T* p) {

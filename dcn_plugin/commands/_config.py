@@ -2,8 +2,10 @@
 
 import argparse
 import logging
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -34,17 +36,29 @@ def load(name: str, options: dict | None = None) -> "Config":
     """A config by file name or as 'package::path', options merged in, and what it then says to import imported."""
     import_module("dcn_plugin.mmdet" if find_spec("mmdet") else "dcn_plugin.mmengine")
     from mmengine.config import Config
-    from mmengine.hub import get_config
     from mmengine.utils import import_modules_from_strings
 
-    package, _, path = name.partition("::")
-    if path and find_spec(package) is None:
-        raise ValueError(f"{name}: there is no package {package!r}")
-    config = get_config(name) if path else Config.fromfile(name)
+    config = Config.fromfile(_file_of(name))
     config.merge_from_dict(options or {})
     if config.get("custom_imports"):
         import_modules_from_strings(**config.custom_imports)
     return config
+
+
+def _file_of(name: str) -> Path:
+    package, _, path = name.partition("::")
+    if not path:
+        if not Path(name).is_file():
+            raise ValueError(f"{name}: no such file")
+        return Path(name)
+    found = find_spec(package) if package.isidentifier() else None
+    if found is None or found.origin is None:
+        raise ValueError(f"{name}: there is no package {package!r}")
+    folder = Path(found.origin).parent / ".mim" / "configs"  # where OpenMMLab's packages have their configs
+    if not (folder / path).is_file():
+        near = get_close_matches(path, [str(file.relative_to(folder)) for file in folder.rglob("*.py")])
+        raise ValueError(f"{name}: {package} has no such config" + (f"; nearest: {listed(near)}" if near else ""))
+    return folder / path
 
 
 def build(config: "Config") -> nn.Module:

@@ -104,6 +104,7 @@ def export(
         )
     if not path.parent.is_dir():
         raise ValueError(f"{path.parent}: no such folder")
+    WRITERS[format].check(*WRITERS[format].written_by, *WRITERS[format].loaded_by)
     detector = _config.build(cfg)
     network = Network(detector, normalize)
     _config.load_weights(detector, checkpoint)

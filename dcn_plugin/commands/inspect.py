@@ -1,4 +1,5 @@
-"""``python -m dcn_plugin inspect CONFIG``: which convolutions of a config are deformable, and what that costs."""
+"""``python -m dcn_plugin inspect CONFIG``: which convolutions of a config are deformable, what that costs, and its
+deformable attention."""
 
 from typing import TYPE_CHECKING
 
@@ -20,8 +21,9 @@ def add_parser(subparsers) -> None:
         "inspect",
         help="list the spatial convolutions of a config",
         description="Lists every spatial convolution of a config's model: whether it is deformable, which target of "
-        "`deformable=` chose it, and its parameters and FLOPs (multiply-adds). Loads no weights. For a model in Python "
-        "there is dcn_plugin.describe.",
+        "`deformable=` chose it, and its parameters and FLOPs (multiply-adds); and each layer of multi-scale "
+        "deformable attention, with its FLOPs for a query and for a pixel of its maps. Loads no weights. For a model "
+        "in Python there is dcn_plugin.describe.",
     )
     parser.add_argument(
         "config", help="a file, or a package's config such as mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py"

@@ -51,6 +51,8 @@ def test_exported(
 
     paths = [Path(one) for one in exported]
     descriptions = [description.read(path) for path in paths]
+    for about in descriptions:
+        FORMATS[about["format"]].check(*FORMATS[about["format"]].loaded_by)
     checkpoint = checkpoint or descriptions[0]["checkpoint"]
     if not Path(checkpoint).is_file():
         raise ValueError(f"{checkpoint}: no such checkpoint; --checkpoint FILE says where it is")

@@ -19,14 +19,15 @@ DESCRIPTION = """\
 Draws what the deformable layers of a model do with images, and writes for each IMAGE into DIR:
 
   IMAGE_points.png           the samples of output positions, composed over the last layers
+  IMAGE_attention.png        the samples of queries, where the model has deformable attention, a colour a head
   IMAGE_receptive_field.png  what reaches these positions, with the offsets off and on
   IMAGE_rois.png             straight and moved bins of RoIs, where the model pools deformably
   IMAGE_offsets_LAYER.png    a layer's offset field and mask
   table.txt                  how far each layer reaches, over all images; printed, too
   IMAGE_points.gif           with --gif
 
-Positions are the centres of a small, a middling and a large detection, and layers the last one of each stride, unless
---at and --layers say which."""
+Positions are the centres of a small, a middling and a large detection, and layers the last one of each stride, and the
+last attention of an encoder and of a decoder, unless --at and --layers say which."""
 EXAMPLES = """\
 examples:
   python -m dcn_plugin visualize config.py epoch_12.pth image.jpg --out-dir pictures
@@ -34,7 +35,7 @@ examples:
   python -m dcn_plugin visualize config.py epoch_12.pth image.jpg --at 40,60 --at 200,60 --gif
   python -m dcn_plugin visualize config.py epoch_12.pth image.jpg --gif --checkpoints 'epoch_*.pth'"""
 GIF_DPI = 100
-KINDS = "points", "receptive_field", "rois", "offsets", "table"
+KINDS = "points", "attention", "receptive_field", "rois", "offsets", "table"
 
 
 def add_parser(subparsers) -> None:
@@ -95,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
     for image in args.images:
         data = pipeline(dict(img_path=image, img_id=0))
         scene = see(model, data, args.score_thr)
-        if not scene.recording.convolutions and not scene.recording.poolings:
+        if scene.recording.empty:
             raise ValueError("the model ran no deformable layer")
         for name, figure in drawing.figures(scene, args.layers, args.last, args.at, args.what):
             for suffix in (".png", ".svg") if args.svg else (".png",):

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -75,7 +76,8 @@ def _layer_that_failed(program: torch.export.ExportedProgram, error: BaseExcepti
 
 
 def load_onnx(path: Path, threads: int) -> Run:
-    onnxruntime = _require("onnxruntime", "onnx")
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -84,7 +86,8 @@ def load_onnx(path: Path, threads: int) -> Run:
 
 
 def write_openvino(exported: Exported, path: Path) -> None:
-    openvino = _require("openvino", "openvino")
+    import openvino
+
     from .openvino import convert
 
     half = exported.images.dtype == torch.float16
@@ -105,7 +108,8 @@ def write_openvino(exported: Exported, path: Path) -> None:
 
 
 def load_openvino(path: Path, threads: int) -> Run:
-    openvino = _require("openvino", "openvino")
+    import openvino
+
     options = {"INFERENCE_NUM_THREADS": str(threads), "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.Core().compile_model(path, "CPU", options)
     return lambda images: [torch.from_numpy(o.copy()) for o in compiled(images.numpy()).values()]
@@ -136,11 +140,24 @@ class Format:
     write: Callable[[Exported, Path], None]
     load: Callable[[Path, int], Run]
     runs_our_library: bool  # what it is shipped with, beside its runtime
+    extra: str = ""  # of this package, with which pip installs what it is written and loaded by
+    loaded_by: tuple[str, ...] = ()
+    written_by: tuple[str, ...] = ()
+
+    def check(self, *packages: str) -> None:
+        """Raises ImportError where one of these, of its own packages, is not installed."""
+        missing = [package for package in packages if find_spec(package) is None]
+        if missing:
+            needs = " and ".join(missing)
+            raise ImportError(
+                f"this needs {needs}, which {'is' if len(missing) == 1 else 'are'} not installed: "
+                f"`pip install 'dcn_plugin[{self.extra}]'`"
+            )
 
 
 FORMATS = {
-    "onnx": Format(".onnx", write_onnx, load_onnx, False),
-    "openvino": Format(".xml", write_openvino, load_openvino, False),
+    "onnx": Format(".onnx", write_onnx, load_onnx, False, "onnx", ("onnxruntime",), ("onnx", "onnxscript")),
+    "openvino": Format(".xml", write_openvino, load_openvino, False, "openvino", ("openvino",)),
     "torch-export": Format(".pt2", write_torch_export, load_torch_export, True),
     "aoti": Format(".pt2", write_aoti, load_aoti, True),
 }
@@ -161,13 +178,6 @@ def _without_gradients(module) -> Run:
             return list(module(images))
 
     return run
-
-
-def _require(package: str, extra: str):
-    try:
-        return __import__(package)
-    except ModuleNotFoundError as error:
-        raise ImportError(f"this needs {package}, which is not installed: `pip install dcn_plugin[{extra}]`") from error
 
 
 @contextmanager

@@ -4,7 +4,8 @@ Importing it imports :mod:`dcn_plugin.mmengine`, which registers the convolution
 hook, and then, in this order,
 
 - provides the operators that mmcv-lite lacks (:mod:`dcn_plugin.mmdet.mmcv_ext`);
-- runs mmcv's own deformable operators on ours (:mod:`dcn_plugin.mmdet.mmcv_ops`);
+- runs mmcv's own deformable operators on ours (:mod:`dcn_plugin.mmdet.mmcv_ops`) and registers
+  'MultiScaleDeformableAttention', in the place of mmcv's;
 - registers the RoI extractors 'DeformRoIExtractor', 'DeformGenericRoIExtractor' and 'DeformPSRoIExtractor';
 
 and applies :mod:`dcn_plugin.mmdet.patches`.
@@ -18,9 +19,14 @@ try:
     provide_mmcv_ext()  # before anything imports mmcv.ops
     import mmdet.models  # noqa: F401
 except Exception as error:
+    if isinstance(error, ModuleNotFoundError) and error.name in ("mmdet", "mmcv"):
+        raise ImportError(
+            f"dcn_plugin.mmdet needs {error.name}, which is not installed: `pip install 'mmdet>=3.0' 'mmcv-lite<2.2'` "
+            "(docs/install.md); without MMDetection, import dcn_plugin.mmengine"
+        ) from error
     raise ImportError(
-        f"dcn_plugin.mmdet needs MMDetection, which does not import ({type(error).__name__}: {error}): install it with "
-        "`pip install 'mmdet>=3.0' 'mmcv-lite<2.2'` (docs/install.md); without MMDetection, import dcn_plugin.mmengine"
+        f"MMDetection is installed, but importing it fails with {type(error).__name__}: {error} (docs/install.md lists "
+        "such errors by their text)"
     ) from error
 
 from . import mmcv_ops, patches
@@ -35,6 +41,7 @@ from .runner import Runner
 __all__ = ["DeformGenericRoIExtractor", "DeformPSRoIExtractor", "DeformRoIExtractor", "Runner"]
 
 mmcv_ops.replace()
+mmcv_ops.register_attention()
 register_roi_extractors()
 patches.fall_back_on_stride()
 patches.suppress_in_bfloat16()

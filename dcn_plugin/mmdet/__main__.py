@@ -15,6 +15,8 @@ def main() -> None:
     if len(sys.argv) < 2:
         sys.exit("usage: python -m dcn_plugin.mmdet SCRIPT [ARGUMENTS...]")
     del sys.argv[0]
+    if not Path(sys.argv[0]).is_file():
+        sys.exit(f"error: {sys.argv[0]}: no such file")
     sys.path.insert(0, str(Path(sys.argv[0]).parent))  # as Python does for a script
     runpy.run_path(sys.argv[0], run_name="__main__")
 

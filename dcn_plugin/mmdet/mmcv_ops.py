@@ -1,15 +1,17 @@
 """Runs mmcv's deformable operators on ours, for the whole process.
 
 That reaches what uses mmcv's operators without asking a registry: the heads of RepPoints, VFNet, TOOD, FoveaBox, Guided
-Anchoring, Cascade RPN, CentripetalNet and GLIP, DyHead, the switchable convolution of DetectoRS, and
-``roi_layer=dict(type='DeformRoIPoolPack')``. Their classes, parameters and checkpoints stay mmcv's. These names
-change, in every module that has imported them:
+Anchoring, Cascade RPN, CentripetalNet and GLIP, DyHead, the switchable convolution of DetectoRS,
+``roi_layer=dict(type='DeformRoIPoolPack')``, and the attention of Deformable DETR, DINO, DDQ, Mask2Former and Grounding
+DINO. Parameters and checkpoints stay mmcv's. These names change, in every module that has imported them:
 
 - ``mmcv.ops.deform_conv.deform_conv2d``
 - ``mmcv.ops.modulated_deform_conv.modulated_deform_conv2d``
 - ``mmcv.ops.deform_roi_pool.deform_roi_pool``
-- ``mmcv.ops.DeformConv2dPack`` and ``mmcv.ops.ModulatedDeformConv2dPack``, so that ``isinstance`` of these is true of
-  what the types 'DCN' and 'DCNv2' build (they are no abstract classes, with which a layer could be registered)
+- ``mmcv.ops.multi_scale_deform_attn.multi_scale_deformable_attn_pytorch`` and ``.MultiScaleDeformableAttnFunction``
+- ``mmcv.ops.DeformConv2dPack``, ``mmcv.ops.ModulatedDeformConv2dPack`` and ``mmcv.ops.MultiScaleDeformableAttention``,
+  so that ``isinstance`` of these is true of what the types 'DCN', 'DCNv2' and 'MultiScaleDeformableAttention' build
+  (they are no abstract classes, with which a layer could be registered); models that name the last build ours
 
 The functions compute what mmcv's compute and, unlike these, take keyword arguments, any batch size, empty batches, and
 RoIs on the CPU.
@@ -18,13 +20,17 @@ RoIs on the CPU.
 import contextlib
 import logging
 import sys
-from types import FunctionType, MethodType, ModuleType
+from types import ModuleType
 
 import torch
 from mmcv.ops.deform_conv import DeformConv2dFunction, DeformConv2dPack
 from mmcv.ops.deform_roi_pool import DeformRoIPoolFunction
 from mmcv.ops.modulated_deform_conv import ModulatedDeformConv2dFunction, ModulatedDeformConv2dPack
+from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttention
+from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction as _TheirAttention
+from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch as _their_attention
 from mmengine.logging import print_log
+from mmengine.registry import MODELS
 from torch import Tensor
 
 from dcn_plugin import layers, ops
@@ -43,15 +49,19 @@ def replace() -> list[str]:
         DeformConv2dFunction.apply: deform_conv2d,
         ModulatedDeformConv2dFunction.apply: modulated_deform_conv2d,
         DeformRoIPoolFunction.apply: deform_roi_pool,
+        _their_attention: multi_scale_deformable_attn_pytorch,
+        _TheirAttention: MultiScaleDeformableAttnFunction,
         DeformConv2dPack: layers.DeformConv2dPack,
         ModulatedDeformConv2dPack: layers.ModulatedDeformConv2dPack,
+        MultiScaleDeformableAttention: layers.MultiScaleDeformableAttention,
     }
+    kinds = set(map(type, ours))
     found = [
         (module, name, value)
         for module in list(sys.modules.values())
         if getattr(module, "__name__", None) != __name__
         for name, value in list(getattr(module, "__dict__", {}).items())
-        if type(value) in (FunctionType, MethodType, type) and value in ours
+        if type(value) in kinds and value in ours
     ]
     for module, name, value in found:
         setattr(module, name, ours[value])
@@ -69,6 +79,11 @@ def restore() -> list[str]:
         setattr(module, name, value)
     _replaced.clear()
     return changed
+
+
+def register_attention() -> None:
+    """Makes the registry's 'MultiScaleDeformableAttention' ours; mmcv's is no longer found there."""
+    MODELS.register_module(module=layers.MultiScaleDeformableAttention, force=True)
 
 
 def deform_conv2d(
@@ -126,6 +141,34 @@ def deform_roi_pool(
     offset = offset.type_as(input) if offset is not None and offset.numel() else None
     with _no_autocast(input):
         return ops.deform_roi_align(input, rois, offset, output_size, spatial_scale, int(sampling_ratio), gamma)
+
+
+def multi_scale_deformable_attn_pytorch(
+    value: Tensor, value_spatial_shapes: Tensor, sampling_locations: Tensor, attention_weights: Tensor
+) -> Tensor:
+    """mmcv's signature of :func:`dcn_plugin.ops.ms_deform_attn`. The result has value's dtype; positions and sums are
+    float32 where that is of half precision."""
+    precision = torch.float64 if value.dtype is torch.float64 else torch.float32
+    with _no_autocast(value):
+        return ops.ms_deform_attn(
+            value, value_spatial_shapes, sampling_locations.to(precision), attention_weights.to(precision)
+        )
+
+
+class MultiScaleDeformableAttnFunction:
+    """What stands for mmcv's autograd function of this name: its ``apply``."""
+
+    @staticmethod
+    def apply(
+        value: Tensor,
+        value_spatial_shapes: Tensor,
+        value_level_start_index: Tensor,
+        sampling_locations: Tensor,
+        attention_weights: Tensor,
+        im2col_step: int = 64,
+    ) -> Tensor:
+        """As :func:`multi_scale_deformable_attn_pytorch`; the index follows from the shapes, and the step is unused."""
+        return multi_scale_deformable_attn_pytorch(value, value_spatial_shapes, sampling_locations, attention_weights)
 
 
 def _convolve(input, offset, weight, bias, stride, padding, dilation, mask, groups, deform_groups):

@@ -14,10 +14,11 @@ and applies :mod:`dcn_plugin.mmengine.patches`.
 try:
     import mmengine  # noqa: F401
 except Exception as error:
-    raise ImportError(
-        f"dcn_plugin.mmengine needs MMEngine, which does not import ({type(error).__name__}: {error}): "
-        "install it with `pip install 'mmengine>=0.10'`"
-    ) from error
+    if isinstance(error, ModuleNotFoundError) and error.name == "mmengine":
+        raise ImportError(
+            "dcn_plugin.mmengine needs mmengine, which is not installed: `pip install 'mmengine>=0.10'`"
+        ) from error
+    raise ImportError(f"MMEngine is installed, but importing it fails with {type(error).__name__}: {error}") from error
 
 from . import patches
 from .conv_layers import register_conv_layers

@@ -12,8 +12,14 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from torch import Tensor, nn
 
-from dcn_plugin.layers import DeformConv2d, DeformPSRoIPool, DeformRoIAlign, ModulatedDeformConv2d
-from dcn_plugin.sampling import Samples, convolution_samples, ps_roi_pool_parts, roi_align_bins
+from dcn_plugin.layers import (
+    DeformConv2d,
+    DeformPSRoIPool,
+    DeformRoIAlign,
+    ModulatedDeformConv2d,
+    MultiScaleDeformableAttention,
+)
+from dcn_plugin.sampling import Samples, attention_samples, convolution_samples, ps_roi_pool_parts, roi_align_bins
 
 
 def _convolution_samples(layer: Any, input: Tensor, offset: Tensor) -> Samples:
@@ -29,11 +35,16 @@ def _ps_roi_pool_parts(layer: DeformPSRoIPool, input: Tensor, rois: Tensor, offs
     return ps_roi_pool_parts(input.shape[-2:], rois, offset, layer.spatial_scale, layer.trans_std)
 
 
+def _attention_samples(layer: nn.Module, spatial_shapes, reference_points: Tensor, locations: Tensor) -> Samples:
+    return attention_samples(spatial_shapes, reference_points, locations)
+
+
 SAMPLES: dict[type[nn.Module], Callable] = {
     DeformConv2d: _convolution_samples,
     ModulatedDeformConv2d: _convolution_samples,
     DeformRoIAlign: _roi_align_bins,
     DeformPSRoIPool: _ps_roi_pool_parts,
+    MultiScaleDeformableAttention: _attention_samples,
 }
 
 
@@ -75,7 +86,7 @@ class DeformOffsetHook(Hook):
 
     - ``offset_mean/<layer>``, ``offset_max/<layer>``: mean and largest length of the displacements, in pixels of the
       layer's input map. The length is Euclidean, whereas ``max_offset`` bounds y and x, each. Of RoI layers, the
-      displacements of the bins.
+      displacements of the bins; of attention layers, those from the reference points, in pixels of each level.
     - ``offset_outside/<layer>``: share of the samples that fall outside the map and so count as 0, padding included: a
       3x3 kernel with zero offsets has some at the borders. Of RoI layers, of the bins by their centres.
     - ``mask_mean/<layer>``: mean of the mask, where there is one.

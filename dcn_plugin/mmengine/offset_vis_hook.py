@@ -13,13 +13,15 @@ class DeformOffsetVisHook(Hook):
 
     Every ``interval`` iterations the model, in evaluation mode, predicts a few images of the validation set, a second
     or two each. The backends get ``<image>_points``, ``<image>_offsets_<layer>`` and, of models that pool RoIs
-    deformably, ``<image>_rois``, as ``python -m dcn_plugin visualize`` draws them. Positions are the centres of
-    detections, or the image's. matplotlib is imported when the first picture is drawn.
+    deformably, ``<image>_rois``, of those with deformable attention ``<image>_attention``, as ``python -m dcn_plugin
+    visualize`` draws them. Positions are the centres of detections, or the image's. matplotlib is imported when the
+    first picture is drawn.
 
     Args:
         interval: iterations.
         images: of the validation set by their index, or files, which go through its pipeline.
-        layers: glob or several on the names of the convolutions to draw; by default the last one of each stride.
+        layers: glob or several on the names of the layers to draw; by default the last convolution of each stride, and
+            the last attention of an encoder and of a decoder.
         last: compose the points over so many layers.
         score_thr: detections below it are left out.
 
@@ -65,7 +67,7 @@ class DeformOffsetVisHook(Hook):
             for image in self.images:
                 data = dataset[image] if isinstance(image, int) else dataset.pipeline(dict(img_path=image, img_id=0))
                 scene = see(model, data, self.score_thr)
-                if scene.recording.convolutions or scene.recording.poolings:
+                if not scene.recording.empty:
                     for name, figure in drawing.figures(scene, self.layers, self.last):
                         runner.visualizer.add_image(name, drawing.rendered(figure), step=runner.iter + 1)
                 elif not self._warned:

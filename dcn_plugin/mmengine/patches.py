@@ -33,10 +33,11 @@ def load_mmengine_checkpoints() -> None:
         for function in ("_reconstruct", "scalar")
         for core in ("core.multiarray", "_core.multiarray")
     ]
-    dtypes = {type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?")}
-    torch.serialization.add_safe_globals(
-        [HistoryBuffer, (_statistic_of_history_buffer, "builtins.getattr"), np.ndarray, np.dtype, *dtypes, *functions]
-    )
+    types = [HistoryBuffer, np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?"))]
+    # By name, as entries of our own: who takes a bare type from the list again, as the fork of MMEngine does after each
+    # checkpoint that it loads, takes the bare type of everybody.
+    named = [(one, f"{one.__module__}.{one.__qualname__}") for one in types]
+    torch.serialization.add_safe_globals([(_statistic_of_history_buffer, "builtins.getattr"), *named, *functions])
 
 
 def _statistic_of_history_buffer(owner, name):

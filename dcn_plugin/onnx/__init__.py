@@ -8,9 +8,10 @@
         model, args, "model.onnx", dynamo=True, custom_translation_table=dcn_plugin.onnx.translations()
     )
 
-:func:`dcn_plugin.ops.deform_conv2d` becomes DeformConv, which ONNX has from opset 19 on; the RoI operators become
-gathers and arithmetic. Importing this module also registers :func:`deform_conv2d_symbolic` with the TorchScript
-exporter (``dynamo=False``), so that tools which take their imports from a config (``custom_imports``) find it.
+:func:`dcn_plugin.ops.deform_conv2d` becomes DeformConv, which ONNX has from opset 19 on, and
+:func:`dcn_plugin.ops.ms_deform_attn` GridSample; the RoI operators become gathers and arithmetic. Importing this module
+also teaches the TorchScript exporter (``dynamo=False``) the first two, so that tools which take their imports from a
+config (``custom_imports``) find them.
 """
 
 from collections.abc import Callable
@@ -19,19 +20,23 @@ import torch
 
 from dcn_plugin import ops  # noqa: F401  (the operators exist)
 
-from .torchscript import deform_conv2d_symbolic
+from .torchscript import deform_conv2d_symbolic, ms_deform_attn_tensorrt_symbolic
 
-__all__ = ["deform_conv2d_symbolic", "translations"]
+__all__ = ["deform_conv2d_symbolic", "ms_deform_attn_tensorrt_symbolic", "translations"]
 
 
-def translations() -> dict[Callable, Callable]:
+def translations(tensorrt_plugin: bool = False) -> dict[Callable, Callable]:
     """The ``custom_translation_table`` of ``torch.onnx.export`` for this package's operators.
 
     ========================  ========================================================================================
     deform_conv2d             DeformConv; groups, deform groups, any batch and image size, v1 and v2
     deform_roi_align          Gather and arithmetic; ``sampling_ratio`` of 1 at least
     deform_ps_roi_pool        Gather and arithmetic
+    ms_deform_attn            GridSample; or TensorRT's plugin MultiscaleDeformableAttnPlugin_TRT
     ========================  ========================================================================================
+
+    Args:
+        tensorrt_plugin: whether ms_deform_attn becomes a call of TensorRT's plugin, which TensorRT alone can run.
 
     Raises:
         ImportError: onnxscript is not installed.
@@ -51,4 +56,7 @@ def translations() -> dict[Callable, Callable]:
         operators.deform_conv2d.default: dynamo.deform_conv2d,
         operators.deform_roi_align.default: dynamo.deform_roi_align,
         operators.deform_ps_roi_pool.default: dynamo.deform_ps_roi_pool,
+        operators.ms_deform_attn.default: (
+            dynamo.ms_deform_attn_of_tensorrt if tensorrt_plugin else dynamo.ms_deform_attn
+        ),
     }

@@ -1,26 +1,49 @@
 """Translations of this package's operators for the exporter of ``torch.onnx.export(..., dynamo=True)``.
 
-Each function gets an operator's arguments, its tensors as symbolic values, and records ONNX nodes. The RoI operators'
-positions and sums are float32 (float64 for float64 inputs), as in the operators themselves.
+Each function gets an operator's arguments, its tensors as symbolic values, and records ONNX nodes. Positions and sums
+of the RoI operators and of attention are float32 (float64 for float64 inputs), as in the operators themselves.
 """
 
 import numpy as np
 import onnx_ir as ir
-from onnxscript import evaluator
+from onnx.defs import OpSchema
+from onnxscript import evaluator, values
 from onnxscript.onnx_opset import opset19 as op
 
+from . import attention
 from .shapes import OPSET, conv_groups
 
 FLOAT, DOUBLE, INT64, BOOL = ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.INT64, ir.DataType.BOOL
+
+_TENSORRT_PLUGIN = values.Op(
+    values.Opset(attention.TENSORRT_DOMAIN, 1),
+    attention.TENSORRT_PLUGIN,
+    OpSchema(
+        attention.TENSORRT_PLUGIN,
+        attention.TENSORRT_DOMAIN,
+        1,
+        inputs=[
+            OpSchema.FormalParameter(name, kind)
+            for name, kind in (
+                ("value", "tensor(float)"),
+                ("spatial_shapes", "tensor(int32)"),
+                ("level_start_index", "tensor(int32)"),
+                ("sampling_locations", "tensor(float)"),
+                ("attention_weights", "tensor(float)"),
+            )
+        ],
+        outputs=[OpSchema.FormalParameter("output", "tensor(float)")],
+        attributes=[OpSchema.Attribute(f"plugin_{one}", OpSchema.AttrType.STRING) for one in ("version", "namespace")],
+    ),
+)
 
 
 def deform_conv2d(input, offset, weight, bias, mask, stride, padding, dilation, allow_tf32=False):
     """As the standard operator DeformConv."""
     # The exporter would write a model of opset 18 all the same, which no runtime reads.
-    opset = getattr(evaluator.default(), "opset", op)
-    if opset.version < OPSET:
+    if _opset() < OPSET:
         raise ValueError(
-            f"a deformable convolution needs ONNX opset {OPSET} or later (DeformConv), not {opset.version}: "
+            f"a deformable convolution needs ONNX opset {OPSET} or later (DeformConv), not {_opset()}: "
             f"torch.onnx.export(..., opset_version=20)"
         )
     groups, deform_groups = conv_groups(input.shape, weight.shape, offset.shape)
@@ -126,6 +149,21 @@ def deform_ps_roi_pool(
     return op.CastLike(pooled, input)
 
 
+def ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights):
+    """As a GridSample of each level's map."""
+    tensors = value, spatial_shapes, sampling_locations, attention_weights
+    dtype = DOUBLE if value.dtype is DOUBLE else FLOAT
+    return attention.grid_samples(
+        attention.Writer(op, _const, _size), tensors, int(sampling_locations.shape[3]), dtype, _opset()
+    )
+
+
+def ms_deform_attn_of_tensorrt(value, spatial_shapes, sampling_locations, attention_weights):
+    """As TensorRT's plugin."""
+    tensors = value, spatial_shapes, sampling_locations, attention_weights
+    return attention.tensorrt_plugin(attention.Writer(op, _const, _size), _TENSORRT_PLUGIN, tensors)
+
+
 class _Neighbours:
     """Along one axis, the pixels on both sides of each sample, and their weights."""
 
@@ -181,6 +219,11 @@ def _batch_of(rois, dtype):
     return op.Cast(op.Where(op.Cast(finite, to=BOOL), index, _const(0, dtype)), to=INT64), finite
 
 
+def _opset() -> int:
+    """That the exporter writes for."""
+    return getattr(evaluator.default(), "opset", op).version
+
+
 def _round(x):
     """To the nearest integer, halves away from 0; ONNX's Round takes halves to even numbers."""
     size = op.Abs(x)
@@ -190,7 +233,7 @@ def _round(x):
 
 
 def _const(value, dtype=INT64):
-    return op.Constant(value=ir.tensor(np.asarray(value, dtype=dtype.numpy())))
+    return op.Constant(value=ir.tensor(np.asarray(value, dtype=ir.DataType(dtype).numpy())))
 
 
 def _take(tensor, index: int, axis: int):

@@ -19,7 +19,7 @@ def _in_computing_dtype(composition: Callable[..., Tensor]) -> Callable[..., Ten
     @functools.wraps(composition)
     def computed(input: Tensor, *args) -> Tensor:
         dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-        casted = (value.to(dtype) if isinstance(value, Tensor) else value for value in args)
+        casted = (v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for v in args)
         with torch.autocast(input.device.type, enabled=False):
             return composition(input.to(dtype), *casted).to(input.dtype)
 
@@ -127,3 +127,8 @@ def deform_ps_roi_pool(
 
     pooled = _sample_clamped(values, y, x, input.shape[-2:]).sum((-2, -1)) / counts.sum((-2, -1)).clamp_min(1)
     return pooled.flatten(1, 2)
+
+
+@_in_computing_dtype
+def ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights):
+    return reference.ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights)

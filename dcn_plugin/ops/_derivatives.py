@@ -13,7 +13,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-from ._library import NAMESPACE, implement
+from ._library import NAMESPACE, implement, raises_out_of_memory
 
 
 def register_derivatives(
@@ -121,4 +121,4 @@ def _register(operator: str, setup_context, backward, *, forward_mode=None, jvp=
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)
 
-    implement(operator, kernel, "Autograd")
+    implement(operator, raises_out_of_memory(kernel), "Autograd")

@@ -4,18 +4,19 @@ import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import ParamSpec
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 P = ParamSpec("P")
+R = TypeVar("R")
 
 FOLDER = Path(__file__).parent.parent
 NAMESPACE = "dcn_plugin"
 OPERATORS = tuple(
     name + suffix
-    for name in ("deform_conv2d", "deform_roi_align", "deform_ps_roi_pool")
+    for name in ("deform_conv2d", "deform_roi_align", "deform_ps_roi_pool", "ms_deform_attn")
     for suffix in ("", "_backward")
 )
 
@@ -109,18 +110,34 @@ def register_autocast(operator: str, keep: tuple[str, ...] = ()) -> None:
     register("cuda")
 
 
+def raises_out_of_memory(function: Callable[P, R]) -> Callable[P, R]:
+    """Gives the error of a GPU without enough memory its type in PyTorch, which the stable ABI does not carry."""
+
+    @functools.wraps(function)
+    def caller(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            if type(error) is RuntimeError and "CUDA out of memory" in str(error):
+                raise torch.OutOfMemoryError(str(error)) from None
+            raise
+
+    return caller
+
+
 def overridable(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
     """Lets arguments that override torch's functions (``__torch_function__``) answer a public function's calls.
 
     torch.fx traces by such arguments: the function becomes one node of the graph.
     """
+    call = raises_out_of_memory(function)
 
     @functools.wraps(function)
     def public(*args: P.args, **kwargs: P.kwargs) -> Tensor:
         values = (*args, *kwargs.values())
         if torch.overrides.has_torch_function(values):
             return torch.overrides.handle_torch_function(public, values, *args, **kwargs)
-        return function(*args, **kwargs)
+        return call(*args, **kwargs)
 
     return public
 
@@ -141,13 +158,13 @@ def pair(value, name: str) -> list[int]:
     return list(values)
 
 
-def check_devices(input: torch.Tensor, **others: torch.Tensor | None) -> None:
+def check_devices(input: torch.Tensor, input_name: str = "input", /, **others: torch.Tensor | None) -> None:
     """The check that fake kernels share with csrc/tensor.h, for tensors on the meta device."""
     for name, other in others.items():
         if other is not None and other.device != input.device:
             raise RuntimeError(
-                f"{name} must be on input's device {input.device}, got {other.device} "
-                f"(shapes: input {tuple(input.shape)}, {name} {tuple(other.shape)})"
+                f"{name} must be on {input_name}'s device {input.device}, got {other.device} "
+                f"(shapes: {input_name} {tuple(input.shape)}, {name} {tuple(other.shape)})"
             )
 
 

@@ -109,3 +109,27 @@ def _register_rois(operator: str, tensors: int) -> None:
 
 _register_rois("deform_roi_align", tensors=2)
 _register_rois("deform_ps_roi_pool", tensors=1)
+
+
+def _fold_attention(size, in_dims, value, spatial_shapes, *sampling):
+    """Into the batch, which every tensor has."""
+    of_value, of_shapes, *of_sampling = in_dims
+    if of_shapes is not None:
+        raise NotImplementedError("ms_deform_attn: spatial_shapes cannot be mapped over, since it sizes the maps")
+    sampling = [_fold(t, d, size) for t, d in zip(sampling, of_sampling, strict=True)]
+    return _fold(value, of_value, size), spatial_shapes, *sampling
+
+
+@torch.library.register_vmap(f"{NAMESPACE}::ms_deform_attn")
+def _ms_deform_attn(info, in_dims, *tensors):
+    size = info.batch_size
+    return _unfold(OPERATORS.ms_deform_attn(*_fold_attention(size, in_dims, *tensors)), size), 0
+
+
+@torch.library.register_vmap(f"{NAMESPACE}::ms_deform_attn_backward")
+def _ms_deform_attn_backward(info, in_dims, grad_output, *rest):
+    size, tensors, options = info.batch_size, rest[:4], rest[4:]
+    need_value, need_sampling, *_ = options
+    folded = _fold_attention(size, in_dims[1:5], *tensors)
+    gradients = OPERATORS.ms_deform_attn_backward(_fold(grad_output, in_dims[0], size), *folded, *options)
+    return _unfold_all(gradients, (need_value, need_sampling, need_sampling), size, (0, 0, 0))

@@ -6,12 +6,13 @@ What is counted are multiply-adds; ``torch.utils.flop_counter`` reports two FLOP
 - The product with the weight has as many as the plain convolution of the same shape, by the rule of all four counters:
   N * Ho * Wo * Co * C / groups * kh * kw, the bias not counted.
 - A sample has four for each channel: its neighbours times their bilinear weights. A convolution takes C * kh * kw
-  samples an output position; RoI operators, which have no product, take them in every bin. torch's counter leaves out
-  interpolation elsewhere, mmengine's and fvcore's count it. Here all count it: it is what a deformable convolution adds
-  to the plain one and, where that is depthwise, most of its work. Finding positions and bilinear weights is not
-  counted, since all channels share them.
+  samples an output position; RoI operators, which have no product, take them in every bin, attention at each
+  query's points. torch's counter leaves out interpolation elsewhere, mmengine's and fvcore's count it. Here all count
+  it: it is what a deformable convolution adds to the plain one and, where that is depthwise, most of its work. Finding
+  positions and bilinear weights is not counted, since all channels share them.
 - A backward has one product for the gradient of the weight and one for that of the samples. It takes the samples again
-  for the former; it has four multiply-adds a sample for the gradient of each of the input, y, x and mask.
+  for the former; it has four multiply-adds a sample for the gradient of each of the input, y, x and mask
+  (attention's weight).
 
 Counters see shapes, not values: ``sampling_ratio=0``, whose samples depend on the RoIs' sizes, counts as 2.
 
@@ -116,6 +117,24 @@ def _deform_ps_roi_pool_backward(
     return NEIGHBOURS * prod(grad_output) * sample_per_part**2 * _gradients(need_input, need_offset, offset, None)
 
 
+def _ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights, *args, **kwargs):
+    return NEIGHBOURS * prod(attention_weights) * value[3]
+
+
+def _ms_deform_attn_backward(
+    grad_output,
+    value,
+    spatial_shapes,
+    sampling_locations,
+    attention_weights,
+    need_value,
+    need_sampling,
+    *args,
+    **kwargs,
+):
+    return NEIGHBOURS * prod(attention_weights) * value[3] * (need_value + 3 * need_sampling)
+
+
 def _gradients(need_input, need_sampling, offset, mask) -> int:
     """For how many of the input, y, x and mask a backward computes gradients."""
     return need_input + need_sampling * (2 * (offset is not None) + (mask is not None))
@@ -137,11 +156,13 @@ FORWARD: dict[str, Callable] = dict(
     deform_conv2d=_deform_conv2d,
     deform_roi_align=_deform_roi_align,
     deform_ps_roi_pool=_deform_ps_roi_pool,
+    ms_deform_attn=_ms_deform_attn,
 )
 BACKWARD: dict[str, Callable] = dict(
     deform_conv2d_backward=_deform_conv2d_backward,
     deform_roi_align_backward=_deform_roi_align_backward,
     deform_ps_roi_pool_backward=_deform_ps_roi_pool_backward,
+    ms_deform_attn_backward=_ms_deform_attn_backward,
 )
 JIT_HANDLES = {f"{NAMESPACE}::{operator}": _jit_handle(formula) for operator, formula in FORWARD.items()}
 

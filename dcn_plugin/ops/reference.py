@@ -10,20 +10,22 @@ from torch import Tensor
 from torch.nn.modules.utils import _pair
 
 
-def _sample_zero_padded(maps: Tensor, y: Tensor, x: Tensor) -> Tensor:
+def _sample_zero_padded(maps: Tensor, size, y: Tensor, x: Tensor, start: Tensor | int = 0) -> Tensor:
     """Bilinear samples of maps that continue with zeros.
 
     A sample counts where -1 < y < H and -1 < x < W; any other, and any that is not finite, is 0 with zero gradients. On
     a pixel's centre the derivative is the one towards the next pixel.
 
     Args:
-        maps: (B, C, H, W).
+        maps: (B, C, pixels).
+        size: (H, W), of all maps or (P,) for each sample.
         y, x: (B, P), positions in pixels.
+        start: (P,), where each sample's map begins among the pixels.
 
     Returns:
         (B, C, P)
     """
-    height, width = maps.shape[-2:]
+    height, width = size
     counts = (y > -1) & (y < height) & (x > -1) & (x < width)
     # Positions and pixels that do not count are replaced before any arithmetic: autograd would multiply their NaN by 0.
     y, x = y.where(counts, 0), x.where(counts, 0)
@@ -32,8 +34,8 @@ def _sample_zero_padded(maps: Tensor, y: Tensor, x: Tensor) -> Tensor:
     for row, weight_y in ((top, 1 - (y - top)), (top + 1, y - top)):
         for column, weight_x in ((left, 1 - (x - left)), (left + 1, x - left)):
             inside = counts & (row >= 0) & (row < height) & (column >= 0) & (column < width)
-            index = (row * width + column).where(inside, 0).long()
-            value = maps.flatten(2).gather(2, index[:, None].expand(-1, maps.shape[1], -1))
+            index = (start + row * width + column).where(inside, 0).long()
+            value = maps.gather(2, index[:, None].expand(-1, maps.shape[1], -1))
             total = total + value.where(inside[:, None], 0) * (weight_y * weight_x)[:, None]
     return total
 
@@ -62,9 +64,9 @@ def deform_conv2d(
     x = (grid(out_w) * stride_w - pad_w) + (grid(kernel_w) * dilation_w)[:, None, None]
     y, x = y + offset[:, :, :, :, 0], x + offset[:, :, :, :, 1]  # (N, dg, kh, kw, Ho, Wo)
 
-    maps = input.reshape(batch * deform_groups, channels // deform_groups, *input.shape[-2:])
+    maps = input.reshape(batch * deform_groups, channels // deform_groups, math.prod(input.shape[-2:]))
     positions = batch * deform_groups, taps * out_h * out_w
-    samples = _sample_zero_padded(maps, y.reshape(positions), x.reshape(positions))
+    samples = _sample_zero_padded(maps, input.shape[-2:], y.reshape(positions), x.reshape(positions))
     samples = samples.reshape(batch, deform_groups, maps.shape[1], taps, out_h, out_w)
     if mask is not None:
         samples = samples * mask.reshape(batch, deform_groups, 1, taps, out_h, out_w)
@@ -208,3 +210,19 @@ def deform_ps_roi_pool(
         ]
         pooled.append(torch.stack(bins, -1).reshape(-1, out_h, out_w))
     return torch.stack(pooled) if pooled else output
+
+
+def ms_deform_attn(value: Tensor, spatial_shapes, sampling_locations: Tensor, attention_weights: Tensor) -> Tensor:
+    """See :func:`dcn_plugin.ops.ms_deform_attn`: equation 3 of `Deformable DETR <https://arxiv.org/abs/2010.04159>`_
+    between its two projections."""
+    batch, queries, heads, levels, points = attention_weights.shape
+    height, width = torch.as_tensor(spatial_shapes, device=value.device).unbind(1)
+    start = (height * width).cumsum(0) - height * width
+    height, width, start = (t[:, None].expand(queries, levels, points).flatten() for t in (height, width, start))
+
+    maps = value.permute(0, 2, 3, 1).flatten(0, 1)  # (N * heads, D, keys)
+    x, y = sampling_locations.transpose(1, 2).reshape(batch * heads, queries * levels * points, 2).unbind(-1)
+    samples = _sample_zero_padded(maps, (height, width), y * height - 0.5, x * width - 0.5, start)
+    samples = samples.unflatten(-1, (queries, levels * points))
+    weights = attention_weights.transpose(1, 2).reshape(batch * heads, 1, queries, levels * points)
+    return (samples * weights).sum(-1).unflatten(0, (batch, heads)).permute(0, 3, 1, 2).flatten(2)

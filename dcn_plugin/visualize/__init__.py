@@ -5,12 +5,15 @@ it saw; they need torch alone. ``drawing`` draws with matplotlib, ``scene`` know
 ``python -m dcn_plugin visualize`` and DeformOffsetVisHook are made of them.
 """
 
+from .attention import Attention, AttentionPoints
 from .points import Points, sampling_points
 from .receptive_field import receptive_fields
 from .recording import Convolution, Pooling, Recording, record
 from .statistics import effective_dilation
 
 __all__ = [
+    "Attention",
+    "AttentionPoints",
     "Convolution",
     "Points",
     "Pooling",

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dcn_plugin.sampling import ps_roi_pool_edges, roi_align_edges
 
+from .attention import Attention, AttentionPoints
 from .points import Points
 from .recording import Convolution, Pooling
 from .scene import Scene
@@ -43,21 +44,24 @@ def figures(
     layers: Sequence[str] = (),
     last: int = 3,
     places: Sequence[Place] = (),
-    what: Collection[str] = ("points", "rois", "offsets"),
+    what: Collection[str] = ("points", "attention", "rois", "offsets"),
 ) -> Iterator[tuple[str, Figure]]:
     """The figures of a scene, with their names.
 
     Args:
         scene: what to draw.
-        layers: globs on the names of convolutions, by default the last one of each stride.
+        layers: globs on the names of layers, by default the last convolution of each stride, and the last attention of
+            an encoder and of a decoder.
         last: compose the points over so many layers.
         places: (x, y) in the image, by default the centres of a small, a middling and a large detection.
-        what: of 'points', 'receptive_field', 'rois' and 'offsets'.
+        what: of 'points', 'attention', 'receptive_field', 'rois' and 'offsets'.
     """
-    convolutions = scene.recording.chosen(layers)
+    convolutions, attentions = scene.recording.chosen(layers), scene.recording.chosen_attentions(layers)
     places = places or scene.default_places(3)
     if "points" in what and convolutions:
         yield f"{scene.name}_points", sampling_points_figure(scene, places, convolutions, last)
+    if "attention" in what and attentions:
+        yield f"{scene.name}_attention", attention_figure(scene, places, attentions)
     if "receptive_field" in what and convolutions:
         yield f"{scene.name}_receptive_field", receptive_fields_figure(scene, places, convolutions)
     if "rois" in what and (figure := rois_figure(scene)):
@@ -97,6 +101,36 @@ def draw_points(ax: Axes, points: Points, centre: Place) -> None:
     few = 1 + 2 / (1 + len(order) / 81)  # larger where there are few
     ax.scatter(points.x[order], points.y[order], s=few * (0.8 + 6 * weight), c=rgba, linewidths=0)
     ax.scatter(*centre, s=22, c=POSITION, edgecolors="black", linewidths=0.6, zorder=3)
+
+
+@_styled
+def attention_figure(scene: Scene, places: Sequence[Place], attentions: Sequence[Attention]) -> Figure:
+    """A row for each place, a column for each attention: white the query's reference, in a colour a head its samples.
+
+    Samples of all levels are drawn, their size and opacity growing with their weight; those outside a map are not.
+    """
+    figure, axes = _panels(scene, len(places), len(attentions))
+    grey = _grey(scene.image)
+    for row, place in zip(axes, places, strict=True):
+        for ax, attention in zip(row, attentions, strict=True):
+            ax.imshow(grey, cmap="gray", vmin=0, vmax=400)  # darker than the image, for the colours to be told apart
+            _frame(ax, scene)
+            draw_attention(ax, *scene.attended(attention, place), heads=attention.locations.shape[1])
+    for ax, attention in zip(axes[0], attentions, strict=True):
+        heads, levels, points = attention.locations.shape[1:4]
+        ax.set_title(f"{attention.name}\n{heads} heads, {levels} levels, {points} points")
+    return figure
+
+
+def draw_attention(ax: Axes, points: AttentionPoints, centre: Place, heads: int) -> None:
+    order = points.weight.argsort()  # the heaviest on top
+    order = order[points.counts[order]]
+    weight = points.weight[order].numpy()
+    hue = points.head[order].numpy() / heads
+    rgb = colors.hsv_to_rgb(np.stack([hue, np.full_like(hue, 0.85), np.ones_like(hue)], -1))
+    rgba = np.concatenate([rgb, 0.4 + 0.6 * weight[:, None]], -1)
+    ax.scatter(points.x[order], points.y[order], s=3 + 15 * weight, c=rgba, linewidths=0)
+    ax.scatter(*centre, s=26, c="white", marker="s", edgecolors="black", linewidths=0.8, zorder=3)
 
 
 @_styled

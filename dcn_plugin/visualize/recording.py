@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from dcn_plugin.sampling import Samples, convolution_samples, ps_roi_pool_parts, roi_align_bins
 from dcn_plugin.targets import listed
 
+from .attention import Attention
 from .grid import Grid
 
 aten = torch.ops.aten
@@ -100,6 +101,12 @@ class Recording:
     output: Any = None  # of the model
     convolutions: list[Convolution] = field(default_factory=list)  # in the order of execution
     poolings: list[Pooling] = field(default_factory=list)
+    attentions: list[Attention] = field(default_factory=list)
+
+    @property
+    def empty(self) -> bool:
+        """Whether no deformable operator ran."""
+        return not (self.convolutions or self.poolings or self.attentions)
 
     def chosen(self, patterns: Sequence[str] = ()) -> list[Convolution]:
         """The convolutions with a place in the image whose names match one of the patterns (globs).
@@ -107,24 +114,42 @@ class Recording:
         Without patterns, the one of each stride that ran last, finest map first.
 
         Raises:
-            ValueError: a pattern that matches none.
+            ValueError: a pattern that matches none, nor an attention.
         """
-        placed = [conv for conv in self.convolutions if conv.grid]
         if not patterns:
-            last = {tuple(round(s, 3) for s in conv.output_grid.scale): conv for conv in placed}
+            last = {tuple(round(s, 3) for s in conv.output_grid.scale): conv for conv in self._placed()}
             return [last[scale] for scale in sorted(last)]
+        return self._matching(self._placed(), patterns)
+
+    def chosen_attentions(self, patterns: Sequence[str] = ()) -> list[Attention]:
+        """The attentions whose names match one of the patterns (globs).
+
+        Without patterns, of those whose queries are pixels and of the others, the one that ran last.
+
+        Raises:
+            ValueError: a pattern that matches none, nor a convolution with a place in the image.
+        """
+        if not patterns:
+            return list({attention.of_pixels: attention for attention in self.attentions}.values())
+        return self._matching(self.attentions, patterns)
+
+    def _placed(self) -> list[Convolution]:
+        return [conv for conv in self.convolutions if conv.grid]
+
+    def _matching(self, calls: list, patterns: Sequence[str]) -> list:
+        every: list[Convolution | Attention] = [*self._placed(), *self.attentions]
+        names = dict.fromkeys(call.name for call in every)
         for pattern in patterns:
-            if not any(fnmatchcase(conv.name, pattern) for conv in placed):
-                names = listed(dict.fromkeys(conv.name for conv in placed))
-                raise ValueError(f"{pattern!r} matches none of the deformable convolutions that ran: {names}")
-        return [conv for conv in placed if any(fnmatchcase(conv.name, pattern) for pattern in patterns)]
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(f"{pattern!r} matches none of the deformable layers that ran: {listed(names)}")
+        return [call for call in calls if any(fnmatchcase(call.name, pattern) for pattern in patterns)]
 
 
 def record(model: nn.Module, image: Tensor, forward: Callable[[Tensor], Any] | None = None) -> Recording:
     """Runs a model on one image and notes every call of the deformable operators.
 
     Calls are seen at the operators themselves, so those of functions (mmcv's, run on ours) are among them. Other
-    operators than this package's, such as multi-scale deformable attention or torchvision's, are not.
+    operators than this package's, such as torchvision's, are not.
 
     The maps' places in the image are exact through convolutions, poolings, padding, cropping and resampling. Where a
     map has changed size in some other way since it was last known, the ratio of the sizes counts. Where paths meet (a
@@ -255,6 +280,12 @@ class _Recorder(TorchDispatchMode):
         self, output, input, rois, offset, output_size, group_size, part_size, samples, scale, trans_std
     ) -> None:
         self._pool("deform_ps_roi_pool", input, rois, offset, None, scale, trans_std)
+
+    def _ms_deform_attn(self, output, value, spatial_shapes, sampling_locations, attention_weights) -> None:
+        locations, weights = (one.detach()[0].float().cpu() for one in (sampling_locations, attention_weights))
+        self.recording.attentions.append(
+            Attention(self._name(), self.recording.size, spatial_shapes.cpu(), locations, weights)
+        )
 
     def _hand_on(self, func, args, output) -> None:
         path = max(filter(None, map(self.paths.get, _tensors(args))), key=_Path.rank, default=None)

@@ -11,6 +11,7 @@ import torch
 from mmengine.dataset import pseudo_collate
 from torch import Tensor
 
+from .attention import Attention, AttentionPoints
 from .grid import Grid
 from .points import Points, sampling_points
 from .receptive_field import Place, receptive_fields
@@ -46,6 +47,14 @@ class Scene:
         """The place (x, y) of the output position nearest to one."""
         y, x = self.frame.to_image(*convolution.output_grid.to_image(*self.position(convolution, place)))
         return x, y
+
+    def attended(self, attention: Attention, place: tuple[float, float]) -> tuple[AttentionPoints, tuple[float, float]]:
+        """The sampling points of the query nearest to a place (x, y), and where its reference is."""
+        query = attention.query_at(*self.frame.to_map(place[1], place[0]))
+        points = attention.points(query)
+        y, x = self.frame.to_image(points.y, points.x)
+        centre_y, centre_x = self.frame.to_image(*attention.to_image(attention.references()[query]))
+        return points._replace(y=y, x=x), (float(centre_x), float(centre_y))
 
     def receptive_fields(self, places: list[Place], straight: bool) -> list[Tensor]:
         """As :func:`receptive_fields`, of the pixels that the model got; :meth:`extent` says where they are."""

@@ -1,10 +1,12 @@
 """A table of how far deformable layers reach, by layer and by the size of the objects."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from .attention import Attention
 from .recording import Convolution, Pooling, Recording
 
 SIZES = "small", "medium", "large", "background"
@@ -45,7 +47,8 @@ class Table:
     """Statistics of the deformable layers over several images.
 
     ``mean`` and ``max`` are lengths of displacements, in pixels of the layer's input map and in pixels of the image; of
-    RoI layers, of the bins. ``outside`` is the share of samples that fall outside the map and so count as 0, padding
+    RoI layers, of the bins; of attention, from the pixel that is the query, or from the mean of the query's samples, in
+    pixels of each level. ``outside`` is the share of samples that fall outside the map and so count as 0, padding
     included (of bins, by their centres). ``mask`` is the mask's mean. The last columns are the effective dilation
     (:func:`effective_dilation`), in pixels of the input map, of the filters whose centre is in a small, medium or large
     object (COCO's bounds: 32 and 96 pixels of the image, squared) or in none.
@@ -63,15 +66,22 @@ class Table:
             scale: pixels of that image for one of what the model got, in y and in x.
             at: from coordinates (y, x) of what the model got to those of that image.
         """
-        calls: list[Convolution | Pooling] = [*recording.convolutions, *recording.poolings]
+        calls: list[Convolution | Pooling | Attention] = [
+            *recording.convolutions,
+            *recording.poolings,
+            *recording.attentions,
+        ]
         for call in calls:
             row = self.rows.setdefault(call.name or "(the model)", defaultdict(list))
             dy, dx, y, x, counts = call.samples()
             row["reach"].append(torch.hypot(dy, dx).flatten())
             row["counts"].append(counts.flatten())
-            if call.mask is not None:
+            if not isinstance(call, Attention) and call.mask is not None:
                 row["mask"].append(call.mask.flatten())
-            if isinstance(call, Pooling):
+            step: Sequence[float | Tensor]
+            if isinstance(call, Attention):
+                step = (torch.tensor(call.image) / call.sizes)[:, None].unbind(-1)  # a level's pixel
+            elif isinstance(call, Pooling):
                 step = 1 / call.scale, 1 / call.scale
             elif call.grid is None:
                 continue

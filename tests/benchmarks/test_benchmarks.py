@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import dcn_plugin
 from benchmarks import __main__ as program
 from benchmarks import cases, detector, measure, memory, remote, report, roofline
-from benchmarks.cases import Contender, Conv, PSRoI, RoI
+from benchmarks.cases import Attention, Contender, Conv, PSRoI, RoI
 from benchmarks.goals import GOALS, Goal, judge
 from benchmarks.timing import LEAST_ROUNDS, interleave, quartiles, ratios
 
@@ -149,6 +149,8 @@ SMALL = [
     Conv("zeros", shape=(1, 16, 6, 7), offset_pixels=0.0),
     RoI("rois", rois=6, channels=8, channels_last=True),
     PSRoI("ps", rois=6, channels=2),
+    Attention("encoder", heads=2, channels=4, strides=(200, 400)),
+    Attention("decoder", queries=5, heads=2, channels=4, strides=(100, 200)),
 ]
 
 
@@ -336,6 +338,7 @@ def test_roofline_is_the_slower_of_copy_and_product(monkeypatch):
 def test_roofline_of_each_case(case, monkeypatch):
     monkeypatch.setattr(roofline, "copy_rate", lambda *_: 1e9)
     monkeypatch.setattr(roofline, "product_rate", lambda *_: 1e10)
+    monkeypatch.setattr(roofline, "cache_rate", lambda *_: 1e10)
     found = measure.measure(case, "forward", "cpu", 1, 0.001)["roofline"]
     if isinstance(case, Conv):
         t = case.tensors("cpu")
@@ -345,6 +348,13 @@ def test_roofline_of_each_case(case, monkeypatch):
         samples = n * h * w * case.kernel**2 * c
         assert found["operations"] == samples * 8 + 2 * n * c * h * w * t["weight"][0].numel()
         assert found["bytes"] == 4 * (n * c * h * w + sum(x.numel() for x in t.values() if x is not None))
+    elif isinstance(case, Attention):
+        pixels, queries = sum(h * w for h, w in case.maps), case.locations().shape[1]
+        samples, heads = 2 * queries * 2 * 2 * 4, 2 * 2
+        assert found["operations"] == samples * 4 * 10
+        assert found["bytes"] == 4 * (heads * 4 * (pixels + queries) + 3 * samples)
+        assert found["gathered"] == samples * 4 * 4 * 4
+        assert found["seconds"] == max(found["bytes"] / 1e9, found["gathering_seconds"], found["operations"] / 1e10)
     else:
         outputs = case.rois * case.channels * case.bins**2
         assert found["operations"] == outputs * case.sampling_ratio**2 * 8

@@ -1,5 +1,6 @@
 """``python -m dcn_plugin export``: small detectors of every kind, written, read again and compared; its errors."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -246,11 +247,21 @@ def test_a_layer_without_a_translation_is_named_with_its_operator(errors, monkey
         (["--opset", "18"], "model.onnx", "needs ONNX opset 19 or later, not 18"),
         (["--dynamic", "--shape", "128", "192"], "model.onnx", "--dynamic needs a --shape of multiples of 32"),
         ([], "nowhere/model.onnx", "nowhere: no such folder"),
-        (["--shape", "64", "96", "--image", "nowhere.jpg"], "model.onnx", "nowhere.jpg: no such image"),
+        (["--shape", "64", "96", "--image", "nowhere.jpg"], "model.pt2", "nowhere.jpg: no such image"),
     ],
 )
 def test_errors(arguments, target, message, errors):
     assert message in errors("retinanet", *arguments, target=target)
+
+
+@pytest.mark.parametrize(("target", "package"), [("model.onnx", "onnxruntime"), ("model.xml", "openvino")])
+def test_a_missing_package_is_named_before_anything_is_built(target, package, errors, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("dcn_plugin.deploy.formats.find_spec", lambda name: None if name == package else find("torch"))
+    monkeypatch.setattr(_config, "load_weights", None)
+    message = errors("retinanet", "--shape", "64", "96", target=target)
+    extra = "onnx" if target == "model.onnx" else "openvino"
+    assert message == f"error: this needs {package}, which is not installed: `pip install 'dcn_plugin[{extra}]'`"
 
 
 def test_detectors_without_such_a_part_are_refused(tmp_path):

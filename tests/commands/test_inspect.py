@@ -13,6 +13,7 @@ pytest.importorskip("mmengine")
 import dcn_plugin
 from dcn_plugin import convert, describe
 from dcn_plugin.__main__ import main
+from dcn_plugin.layers import MultiScaleDeformableAttention
 
 
 class Net(nn.Module):
@@ -63,6 +64,37 @@ def test_shared_convolutions_are_counted_at_each_use():
     assert f"{2 * 8 * 8 * 9 * 0.2e6 / 1e9:.2f} G" in rows(table)["1"]
 
 
+def test_attention_has_a_table_of_its_own():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), MultiScaleDeformableAttention(16, 4, 2, 3, value_proj_ratio=0.5))
+    _, table, _ = describe(net).split("\n\n")
+    headings, row = table.splitlines()
+    assert headings.startswith("attention  width  heads  levels  points")
+    name, *sizes, parameters, of_query, of_pixel = row.replace(",", "").split()
+    assert [name, *sizes] == ["1", "16", "4", "2", "3"]
+    assert int(parameters) == sum(p.numel() for p in net[1].parameters())
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        shapes = torch.tensor([(4, 5), (2, 3)])
+        net[1](torch.rand(7, 2, 16), None, torch.rand(26, 2, 16), None, None, None, torch.rand(2, 7, 2, 2), shapes)
+    assert counter.get_total_flops() == 2 * 2 * (7 * int(of_query) + 26 * int(of_pixel))
+
+
+def test_attention_of_a_config(tmp_path, capsys):
+    pytest.importorskip("mmdet")
+    path = tmp_path / "config.py"
+    path.write_text(
+        "_base_ = 'mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py'\n"
+        "custom_imports = dict(imports=['dcn_plugin.mmdet'])\n"
+    )
+    main(["inspect", str(path), "--shape", "64", "64"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "_attn " in line]
+    names = [f"encoder.layers.{i}.self_attn" for i in range(6)] + [f"decoder.layers.{i}.cross_attn" for i in range(6)]
+    assert [line[0] for line in lines] == names
+    assert all(line[1:5] == ["256", "8", "4", "4"] for line in lines)
+
+
 @pytest.fixture
 def config(tmp_path):
     pytest.importorskip("mmdet")
@@ -96,6 +128,29 @@ def test_a_config_that_imports_needs_no_note(config, line, capsys):
     assert "note:" not in capsys.readouterr().out
 
 
+def test_prints_no_warnings_of_setuptools(tmp_path):
+    """MMEngine looks for the package of such a base with pkg_resources, which warns that it is deprecated."""
+    pytest.importorskip("mmdet")
+    path = tmp_path / "config.py"
+    path.write_text("_base_ = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'\n")
+    command = [sys.executable, "-m", "dcn_plugin", "inspect", path, "--shape", "64", "64"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "backbone.conv1" in done.stdout, done.stderr
+    assert "pkg_resources" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "normalize", [nn.utils.weight_norm, nn.utils.spectral_norm, nn.utils.parametrizations.weight_norm]
+)
+def test_weights_that_are_computed(normalize):
+    net = Net()
+    normalize(net.stem)
+    net(torch.rand(1, 3, 8, 8))
+    table = describe(convert(net, "DCNv2", "body"), (1000, 1000))
+    assert rows(table)["stem"].endswith(f"{4 * 3 * 9 * 0.25e6 / 1e9:.2f} G")
+    net(torch.rand(1, 3, 8, 8)).sum().backward()  # the model itself is as before
+
+
 def test_says_when_nothing_could_be_traced():
     class Untraceable(Net):
         def forward(self, x):
@@ -110,6 +165,9 @@ def test_says_when_nothing_could_be_traced():
         (["{}", "--cfg-options", "model.deformable.targets=stage3"], "nothing in ResNet; nearest: layer3"),
         (["nowhere.py"], "nowhere.py"),
         (["nopackage::x.py"], "no package 'nopackage'"),
+        (["mmdet::nope.py"], "mmdet::nope.py: mmdet has no such config$"),
+        (["mmdet::fcos/fcos_r50_fpn_gn-head_1x_coco.py"], "mmdet has no such config; nearest: fcos/fcos_r"),
+        (["torch::x.py"], "torch has no such config"),
     ],
 )
 def test_errors_are_one_line(config, arguments, message):

@@ -7,7 +7,7 @@ pytest.importorskip("mmdet", reason="pictures of a detector")
 from PIL import Image
 
 from dcn_plugin.__main__ import main
-from tests.visualize.conftest import TWO_STAGE, image, write_checkpoint, write_config  # noqa: F401
+from tests.visualize.conftest import DETR, TWO_STAGE, image, write_checkpoint, write_config  # noqa: F401
 
 
 def visualize(*arguments):
@@ -28,6 +28,13 @@ def test_all_pictures(write_config, write_checkpoint, image, tmp_path, capsys): 
         assert min(picture.size) > 300
 
 
+def test_attention(write_config, write_checkpoint, image, tmp_path, capsys):  # noqa: F811
+    config = write_config(DETR)
+    visualize(config, write_checkpoint(config), image, "--out-dir", tmp_path / "out", "--score-thr", 0)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"scene_attention.png", "table.txt"}
+    assert "decoder.layers.0.cross_attn" in capsys.readouterr().out
+
+
 def test_animations(write_config, write_checkpoint, image, tmp_path):  # noqa: F811
     config = write_config()
     checkpoints = [write_checkpoint(config, f"epoch_{epoch}.pth", seed=epoch) for epoch in (1, 2, 10)]
@@ -43,7 +50,7 @@ def test_animations(write_config, write_checkpoint, image, tmp_path):  # noqa: F
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--layers", "neck.*"], r"'neck\.\*' matches none of the deformable convolutions that ran: backbone\.layer2"),
+        (["--layers", "neck.*"], r"'neck\.\*' matches none of the deformable layers that ran: backbone\.layer2"),
         (["--last", "0"], "--last must be at least 1"),
         (["--checkpoints", "x.pth"], "--checkpoints are for --gif"),
         (["missing.jpg"], "missing.jpg: no such file"),

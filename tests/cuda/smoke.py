@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from dcn_plugin.ops import deform_conv2d, deform_ps_roi_pool, deform_roi_align, reference
+from dcn_plugin.ops import deform_conv2d, deform_ps_roi_pool, deform_roi_align, ms_deform_attn, reference
 
 # channels, out_channels, groups, kernel, size: columns of vectors and of single channels, depthwise convolutions, and,
 # from 128 * 128 positions on, the large tiles of the fused kernels.
@@ -17,6 +17,9 @@ CONVOLUTIONS = (
 )
 ROIS = [[0, 1.0, 2.0, 60.0, 70.0], [1, -9.0, 5.0, 30.0, 99.0]]
 NO_IMAGE = [7, 0.0, 0.0, 9.0, 9.0]
+# Of attention: maps, and (queries, channels of a head), the pixels' queries among them.
+MAPS = [(9, 11), (3, 4)]
+ATTENTIONS = (111, 32), (5, 64), (5, 16), (3, 8), (2, 5), (2, 264)
 # dtype, how matrix products treat float32, tolerance of the norm
 KINDS = ((torch.float32, "ieee", 1e-5), (torch.float32, "tf32", 2e-3), (torch.bfloat16, "ieee", 2e-2))
 
@@ -84,6 +87,18 @@ def main(device: str) -> None:
             [random(2, 24, 9, 11), random(count, 4, 2, 3)],
             tolerance,
         )
+
+        sizes = torch.tensor(MAPS).flip(1)[:, None]
+        for queries, channels in ATTENTIONS:
+            pixels = torch.rand(2, queries, 2, len(MAPS), 4, 2) * (sizes + 4) - 2
+            locations = ((pixels * 8).floor() + 0.25) / 8 / sizes  # never on a pixel's centre
+            weights = torch.rand(locations.shape[:-1]).to(device, dtype).requires_grad_()
+            compare(
+                lambda *tensors: ms_deform_attn(tensors[0], MAPS, *tensors[1:]),
+                lambda *tensors: reference.ms_deform_attn(tensors[0], MAPS, *tensors[1:]),
+                [random(2, 111, 2, channels), locations.to(device).requires_grad_(), weights],
+                tolerance,
+            )
 
     for dtype, precision, tolerance in KINDS:
         torch.backends.cuda.matmul.fp32_precision = precision

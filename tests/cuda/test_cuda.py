@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 
-from dcn_plugin.ops import deform_conv2d, deform_ps_roi_pool, deform_roi_align
+from dcn_plugin.ops import deform_conv2d, deform_ps_roi_pool, deform_roi_align, ms_deform_attn
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -49,7 +49,28 @@ def ps_roi_case(device="cuda", dtype=torch.float32, memory_format=torch.contiguo
     return lambda: deform_ps_roi_pool(input, rois, offset, 3, spatial_scale=0.125), [input, offset]
 
 
-CASES = pytest.mark.parametrize("make", [conv_case, roi_case, ps_roi_case])
+def attention_tensors(maps, queries, heads, channels, points, device="cuda", dtype=torch.float32):
+    """Value, locations of which none is at a pixel's centre, where gradients jump, and weights."""
+    maps = torch.tensor(maps)
+    compute = torch.float64 if dtype is torch.float64 else torch.float32
+    value = torch.randn(2, int(maps.prod(1).sum()), heads, channels)
+    size = maps.flip(1)[:, None]
+    pixels = torch.rand(2, queries, heads, len(maps), points, 2) * 1.2 * size - 0.1 * size
+    locations = ((pixels * 8).floor() + 0.25) / 8 / size
+    weights = torch.rand(locations.shape[:-1])
+    tensors = value.to(dtype), locations.to(compute), weights.to(dtype)
+    return [t.to(device).requires_grad_() for t in tensors]
+
+
+def attention_case(device="cuda", dtype=torch.float32, memory_format=None):
+    maps = (40, 52), (20, 26), (10, 13)
+    leaves = attention_tensors(maps, 500, 8, 32, 4, device, dtype)
+    value, locations, weights = leaves
+    shapes = torch.tensor(maps, device=device) if memory_format is torch.channels_last else maps
+    return lambda: ms_deform_attn(value, shapes, locations, weights), leaves
+
+
+CASES = pytest.mark.parametrize("make", [conv_case, roi_case, ps_roi_case, attention_case])
 
 
 def gradients(run, leaves):
@@ -210,6 +231,30 @@ def test_tf32(out_channels, memory_format, set_matmul_precision):
     assert 2e-5 < relative_error(deform_conv2d(*arguments, padding=1), expected) < 5e-4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attention_takes_the_pixels_as_queries_in_any_order(dtype):
+    """As many queries as pixels are taken in strips of the maps' rows: only the order of the work is another."""
+    maps = (37, 52), (20, 26), (3, 2)
+    queries = sum(height * width for height, width in maps)
+    value, locations, weights = attention_tensors(maps, queries, 8, 32, 4, dtype=dtype)
+    output = ms_deform_attn(value, maps, locations, weights)
+    for part in torch.arange(queries, device="cuda").chunk(3):
+        assert torch.equal(ms_deform_attn(value, maps, locations[:, part], weights[:, part]), output[:, part])
+
+
+def test_attention_reads_no_level_that_does_not_fit():
+    """The kernels themselves cannot raise an error of shapes that are on the device; the public function asserts."""
+    maps = (40, 52), (20, 26)
+    value, locations, weights = attention_tensors(maps, 100, 8, 32, 4)
+    run = torch.ops.dcn_plugin.ms_deform_attn
+    first_alone = weights * torch.tensor([1.0, 0.0], device="cuda")[:, None]
+    expected = run(value, torch.tensor(maps), locations, first_alone)
+    for size in ((200, 26), (-20, 26), (2**40, 2**40)):
+        shapes = torch.tensor([maps[0], size], device="cuda")
+        assert torch.equal(run(value, shapes, locations, weights), expected)
+        assert torch.equal(run(value, shapes.flip(0), locations.flip(3), weights.flip(3)), expected)
+
+
 @pytest.mark.parametrize("pool", [deform_roi_align, deform_ps_roi_pool])
 def test_roi_of_no_image_gives_zeros(pool):
     input = torch.randn(2, 8, 10, 10, device="cuda", requires_grad=True)
@@ -236,3 +281,13 @@ def test_more_than_2_31_elements(memory_format):
     output.backward(torch.ones_like(output))
     expected.backward(torch.ones_like(expected))
     assert relative_error(input.grad[-1:], last.grad) < 1e-3
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+def test_out_of_memory_is_pytorchs_error(mode):
+    """Of an output of 32 TiB."""
+    offset = torch.zeros(1, 1, 1, 1, device="cuda").expand(1, 2, 2**20, 2**20)
+    tensors = torch.zeros(1, 1, 2, 2, device="cuda"), offset, torch.zeros(8, 1, 1, 1, device="cuda")
+    with mode(), pytest.raises(torch.OutOfMemoryError, match=r"(?s)CUDA out of memory\. Tried to allocate .*1048576\)"):
+        deform_conv2d(*tensors, padding=2**19 - 1)
+    assert torch.ones(1, device="cuda").item() == 1

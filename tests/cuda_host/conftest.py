@@ -30,15 +30,15 @@ class CudaHost:
             env=environment(self.checker),
         )
 
-    def __call__(self, name: str, *arguments, order: int = 0, fused: bool = True, shared_kib: int = 227):
+    def __call__(self, name: str, *arguments, order: int = 0, fused=True, shared_kib: int = 227, on_host=True):
         """Runs operator `name`; blocks and threads take turns in `order` (see cuda_host.h).
 
         Without `fused` a convolution goes through columns, whatever the rule says. A block of the GPU has `shared_kib`
-        of shared memory.
+        of shared memory. Without `on_host` drivers read no tensor that kernels can read.
         """
         if self.process is None:
             self._start()
-        pickle.dump((name, order, fused, shared_kib, arguments), self.process.stdin)
+        pickle.dump((name, order, fused, shared_kib, on_host, arguments), self.process.stdin)
         self.process.stdin.flush()
         try:
             done, result = pickle.load(self.process.stdout)

@@ -69,6 +69,7 @@ struct Machine {
   std::map<const void*, Arena> shared;
   size_t dynamic_bytes = 0;
   int max_shared_bytes = 227 << 10;
+  bool tensors_are_on_host = true;
   std::string error;
   uint64_t order = kAscending;
   uint64_t block = 0;  // of this process
@@ -349,6 +350,7 @@ void fail(const char* what, Site site) {
 }
 
 int max_shared_bytes() { return machine.max_shared_bytes; }
+bool tensors_are_on_host() { return machine.tensors_are_on_host; }
 unsigned char* dynamic_shared() { return allocate_shared(nullptr, machine.dynamic_bytes); }
 void* shared_variable(const void* key, size_t size) { return allocate_shared(key, size); }
 
@@ -366,6 +368,10 @@ extern "C" __attribute__((visibility("default"))) void cuda_host_set_order(uint6
 
 extern "C" __attribute__((visibility("default"))) void cuda_host_set_shared_bytes(int bytes) {
   cuda_host::machine.max_shared_bytes = bytes;
+}
+
+extern "C" __attribute__((visibility("default"))) void cuda_host_set_tensors_on_host(int yes) {
+  cuda_host::machine.tensors_are_on_host = yes;
 }
 
 #ifdef CUDA_HOST_WATCH

@@ -10,6 +10,8 @@
 //
 // The shim is a GPU of compute capability 9.0; cuda_host_set_shared_bytes gives it another's shared memory.
 //
+// A driver that may get a tensor of the host's finds all of them there; cuda_host_set_tensors_on_host(0) changes it.
+//
 // The order in which blocks and threads run is no promise of CUDA's: cuda_host_set_order(0: ascending, 1: descending,
 // else the seed of a random order) changes it.
 #pragma once
@@ -84,6 +86,7 @@ unsigned lane();
 
 unsigned char* dynamic_shared();
 int max_shared_bytes();  // of a block
+bool tensors_are_on_host();
 void* shared_variable(const void* key, size_t size);
 
 // One variable a block for each type of `key`, which is a lambda's and so unlike any other.
@@ -99,6 +102,7 @@ void note_atomic(void* address, size_t size);
 
 extern "C" void cuda_host_set_order(uint64_t order);
 extern "C" void cuda_host_set_shared_bytes(int bytes);
+extern "C" void cuda_host_set_tensors_on_host(int yes);
 
 using CudaHostSite = std::source_location;
 

@@ -19,14 +19,16 @@ def main() -> None:
     library = ctypes.CDLL(sys.argv[1])
     library.cuda_host_set_order.argtypes = [ctypes.c_uint64]
     library.cuda_host_set_shared_bytes.argtypes = [ctypes.c_int]
+    library.cuda_host_set_tensors_on_host.argtypes = [ctypes.c_int]
     library.cuda_host_planted.restype = ctypes.c_char_p
     while True:
         try:
-            name, order, fused, shared_kib, arguments = pickle.load(requests)
+            name, order, fused, shared_kib, on_host, arguments = pickle.load(requests)
         except EOFError:
             return
         library.cuda_host_set_order(order)
         library.cuda_host_set_shared_bytes(shared_kib << 10)
+        library.cuda_host_set_tensors_on_host(on_host)
         os.environ["DCN_PLUGIN_FUSED"] = str(int(fused))
         try:
             if name == "planted":

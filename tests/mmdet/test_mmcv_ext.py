@@ -1,5 +1,8 @@
 """MMDetection on mmcv-lite, in fresh interpreters where ``mmcv._ext`` is missing, whichever mmcv is installed."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -27,6 +30,9 @@ assert not hasattr(mmcv._ext, "__file__")
 for kind in ("DCN", "DCNv2"):
     assert_ours(build(kind))
 assert MODELS.get("carafe") is mmcv.ops.CARAFEPack
+from dcn_plugin.layers import MultiScaleDeformableAttention
+assert MODELS.get("MultiScaleDeformableAttention") is mmcv.ops.MultiScaleDeformableAttention
+assert mmcv.ops.MultiScaleDeformableAttention is MultiScaleDeformableAttention
 boxes = torch.tensor([[0.0, 0, 4, 4], [0, 0, 4, 3], [9, 9, 12, 12]])
 scores, labels = torch.tensor([0.8, 0.9, 0.1]), torch.tensor([0, 0, 1])
 assert mmcv.ops.batched_nms(boxes, scores, labels, dict(type="nms", iou_threshold=0.5))[1].tolist() == [1, 2]
@@ -39,7 +45,9 @@ assert mmcv.ops.nms_match(torch.cat([boxes, scores[:, None]], 1), 0.5)[0].tolist
 def test_gradients_pass_through_mmcvs_functions():
     code = """
 import dcn_plugin.mmdet, mmcv.ops
+from dcn_plugin.mmdet import mmcv_ops
 from torch.autograd import gradcheck
+mmcv_ops.restore()
 x = torch.randn(1, 4, 6, 7, dtype=torch.float64, requires_grad=True)
 rois = torch.tensor([[0, 0.3, 0.7, 4.4, 5.6]], dtype=torch.float64)
 for mode, aligned in (("avg", True), ("avg", False), ("max", True)):
@@ -112,6 +120,13 @@ sys.argv = ["dcn_plugin.mmdet", {str(script)!r}, "config.py", "--work-dir", "out
 runpy.run_module("dcn_plugin.mmdet", run_name="__main__")
 """
     assert run_on_lite(code).splitlines()[-1] == "ran"
+
+
+def test_a_script_that_is_not_there_is_one_sentence(tmp_path):
+    command = [sys.executable, "-m", "dcn_plugin.mmdet", str(tmp_path / "nope.py")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == f"error: {command[-1]}: no such file"
+    assert "Traceback" not in done.stderr
 
 
 DETECTOR = """

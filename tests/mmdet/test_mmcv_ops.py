@@ -12,9 +12,11 @@ from dcn_plugin.mmdet.mmcv_ext import provide_mmcv_ext
 if provide_mmcv_ext():
     pytest.skip("mmcv-lite: no compiled operators to compare with", allow_module_level=True)
 
+import mmcv.cnn.bricks.transformer
 import mmcv.ops
-from mmcv.ops import deform_conv, modulated_deform_conv
+from mmcv.ops import deform_conv, modulated_deform_conv, multi_scale_deform_attn
 from mmdet.models.dense_heads import tood_head
+from mmdet.models.layers.transformer import deformable_detr_layers
 from mmdet.models.necks.dyhead import DyHeadBlock
 from mmengine.registry import MODELS
 
@@ -27,6 +29,8 @@ class Theirs:  # a namespace: names of this module's own would be replaced too
     v1 = ours.DeformConv2dFunction.apply
     v2 = ours.ModulatedDeformConv2dFunction.apply
     roi = ours.DeformRoIPoolFunction.apply
+    attention = ours._their_attention
+    attention_function = ours._TheirAttention
 
 
 @pytest.fixture(autouse=True)
@@ -169,6 +173,42 @@ def test_roi_pool_gives_the_maps_dtype():
     torch.testing.assert_close(pooled, reference.deform_roi_align(x, rois, offset.bfloat16().float(), (2, 2), 0.25))
 
 
+def attention_inputs(dtype=torch.float64, batch=2):
+    """value, locations, weights, and the rest of mmcv's arguments in their order."""
+    shapes = torch.tensor([(4, 5), (2, 3)])
+    value, locations = torch.randn(batch, 26, 3, 4), 1.4 * torch.rand(batch, 5, 3, 2, 2, 2) - 0.2
+    weights = torch.rand(batch, 5, 3, 2, 2)
+    return [one.to(dtype) for one in (value, locations, weights)], shapes, torch.tensor([0, 20])
+
+
+def test_attention_equals_mmcvs():
+    tensors, shapes, start = attention_inputs()
+
+    def function(value, locations, weights):
+        return ours.MultiScaleDeformableAttnFunction.apply(value, shapes, start, locations, weights, 64)
+
+    def alone(value, locations, weights):
+        return ours.multi_scale_deformable_attn_pytorch(value, shapes, locations, weights)
+
+    def theirs(value, locations, weights):
+        return Theirs.attention(value, shapes, locations, weights)
+
+    assert_same(function, theirs, tensors, ())
+    assert_same(alone, theirs, tensors, ())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_attention_gives_the_values_dtype(dtype):
+    tensors, shapes, start = attention_inputs(torch.float32)
+    expected = Theirs.attention(tensors[0], shapes, *tensors[1:])
+    with torch.autocast("cpu", torch.bfloat16):  # which touches neither
+        one = ours.multi_scale_deformable_attn_pytorch(tensors[0], shapes, *tensors[1:])
+        half = ours.MultiScaleDeformableAttnFunction.apply(tensors[0].to(dtype), shapes, start, *tensors[1:])
+    torch.testing.assert_close(one, expected)
+    assert half.dtype is dtype
+    torch.testing.assert_close(half.float(), expected, rtol=2e-2, atol=2e-2)  # 8 bits of bfloat16
+
+
 PLACES = [
     (deform_conv, "deform_conv2d", Theirs.v1),
     (modulated_deform_conv, "modulated_deform_conv2d", Theirs.v2),
@@ -178,6 +218,8 @@ PLACES = [
     (mmcv.ops, "deform_roi_pool", Theirs.roi),
     (mmcv.ops.saconv, "deform_conv2d", Theirs.v1),
     (tood_head, "deform_conv2d", Theirs.v1),
+    (multi_scale_deform_attn, "multi_scale_deformable_attn_pytorch", Theirs.attention),
+    (multi_scale_deform_attn, "MultiScaleDeformableAttnFunction", Theirs.attention_function),
 ]
 
 
@@ -193,6 +235,9 @@ def test_replaces_and_restores_every_name():
         for kind, pack in (("DCN", mmcv.ops.DeformConv2dPack), ("DCNv2", mmcv.ops.ModulatedDeformConv2dPack)):
             layer = MODELS.build(dict(type=kind, in_channels=1, out_channels=1, kernel_size=1))
             assert isinstance(layer, pack) and pack is vars(layers)[pack.__name__]
+        for module in (mmcv.ops, multi_scale_deform_attn, deformable_detr_layers, mmcv.cnn.bricks.transformer):
+            assert module.MultiScaleDeformableAttention is layers.MultiScaleDeformableAttention
+        assert type(MODELS.build(dict(type="MultiScaleDeformableAttention"))) is layers.MultiScaleDeformableAttention
     finally:
         assert set(ours.restore()) == set(changed)
     assert all(getattr(module, name) == theirs for module, name, theirs in PLACES)
@@ -210,6 +255,15 @@ LAYERS = {
     "ModulatedDeformConv2dPack": (
         lambda: mmcv.ops.ModulatedDeformConv2dPack(4, 4, 3, padding=1, stride=2),
         lambda x: (x,),
+    ),
+    "MultiScaleDeformableAttention": (
+        lambda: mmcv.ops.MultiScaleDeformableAttention(8, 2, 2, 3, dropout=0.0),
+        lambda x: (
+            *(random(count, 2, 8) for count in (5, 26, 26, 5, 5)),
+            None,
+            torch.rand(2, 5, 2, 4, dtype=torch.float64),
+            torch.tensor([(4, 5), (2, 3)]),
+        ),
     ),
     "SAConv2d": (lambda: mmcv.ops.SAConv2d(4, 4, 3, padding=1, use_deform=True), lambda x: (x,)),
     "DyHeadBlock": (

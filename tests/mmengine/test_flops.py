@@ -7,10 +7,11 @@ pytest.importorskip("mmengine")
 
 from mmengine.analysis import ActivationAnalyzer, FlopAnalyzer, get_model_complexity_info
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import dcn_plugin.mmengine  # noqa: F401
 from dcn_plugin import convert
-from dcn_plugin.layers import DeformPSRoIPool, ModulatedDeformRoIAlignPack
+from dcn_plugin.layers import DeformPSRoIPool, ModulatedDeformRoIAlignPack, MultiScaleDeformableAttention
 
 IMAGES = torch.rand(1, 3, 8, 8)
 PRODUCT, SAMPLING, OFFSETS = 64 * 4 * 27, 64 * 27 * 4, 64 * 27 * 27
@@ -52,3 +53,18 @@ def test_rois(layer, operator, channels, samples):
     found = FlopAnalyzer(layer.eval(), (torch.rand(1, 8, 9, 9), rois)).by_operator()
     calls = 2 if isinstance(layer, ModulatedDeformRoIAlignPack) else 1  # the pack pools once to predict the offsets
     assert found[operator] == calls * 2 * channels * 2 * 2 * samples * 4
+
+
+def test_attention():
+    layer = MultiScaleDeformableAttention(16, 4, 2, 3).eval()
+    shapes = torch.tensor([(4, 5), (2, 3)])
+    query, value, reference = torch.rand(7, 2, 16), torch.rand(26, 2, 16), torch.rand(2, 7, 2, 2)
+    inputs = query, None, value, None, None, None, reference, shapes
+    found = FlopAnalyzer(layer, inputs).by_operator()
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        layer(*inputs)
+    by_torch = {str(operator): flops for operator, flops in counter.get_flop_counts()["Global"].items()}
+    assert found["ms_deform_attn"] == 2 * 7 * 16 * 2 * 3 * 4
+    assert by_torch.pop("dcn_plugin.ms_deform_attn") == 2 * found["ms_deform_attn"]
+    assert by_torch.keys() <= {"aten.addmm", "aten.mm"} and sum(by_torch.values()) == 2 * found["linear"]

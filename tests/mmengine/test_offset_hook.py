@@ -18,6 +18,7 @@ from dcn_plugin.layers import (
     DeformRoIAlignPack,
     ModulatedDeformConv2dPack,
     ModulatedDeformRoIAlignPack,
+    MultiScaleDeformableAttention,
 )
 from dcn_plugin.mmengine import DeformOffsetHook
 
@@ -143,6 +144,31 @@ def test_position_sensitive_parts():
     # Centres at x = 0.5 + width / 4 (1.03, 2.09), moved to 2.09, 3.16: on the map. At y = 0.5 + height / 4 (1.53,
     # 3.59), moved to 3.59, 5.66: two of eight parts beyond 4.5.
     assert runner.scalars["offset_outside/layer"] == pytest.approx(1 / 4)
+
+
+@pytest.mark.parametrize("coordinates", [2, 4])
+def test_attention_is_measured_in_pixels_of_each_level(coordinates):
+    """Two levels of one point, moved by (3, 4) pixels of the level, or of a box's half width and height."""
+    net = nn.Module()
+    net.layer = layer = MultiScaleDeformableAttention(4, 1, num_levels=2, num_points=1, batch_first=True)
+    nn.init.zeros_(layer.sampling_offsets.weight)
+    layer.sampling_offsets.bias.data = torch.tensor([3.0, 4.0, 3.0, 4.0])
+    hook, runner = DeformOffsetHook(interval=1), _FakeRunner(net)
+    hook.before_train(runner)
+    hook.before_train_iter(runner, 0)
+    shapes = torch.tensor([(16, 16), (8, 8)])
+    reference = torch.full((1, 3, 2, 2), 0.5)
+    if coordinates == 4:  # as wide and high as two pixels of the larger map, or one of the smaller
+        reference = torch.cat([reference, torch.full((1, 3, 2, 2), 1 / 8)], -1)
+    layer(torch.randn(1, 3, 4), value=torch.randn(1, 320, 4), reference_points=reference, spatial_shapes=shapes)
+    hook.after_train_iter(runner, 0)
+    mean, largest = (5.0, 5.0) if coordinates == 2 else (3.75, 5.0)
+    assert runner.scalars["offset_mean/layer"] == pytest.approx(mean)
+    assert runner.scalars["offset_max/layer"] == pytest.approx(largest)
+    # The centre of the smaller map is at pixel 3.5: 4 further down is 7.5, which counts; a larger map has more room.
+    assert runner.scalars["offset_outside/layer"] == 0
+    assert "mask_mean/layer" not in runner.scalars
+    assert layer.observer is None
 
 
 class _FakeRunner:

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("onnxscript", reason="exports to ONNX")
 pytest.importorskip("onnxruntime", reason="runs what is exported")
 
-from dcn_plugin.ops import deform_conv2d, deform_ps_roi_pool, deform_roi_align, reference
+from dcn_plugin.ops import deform_conv2d, deform_ps_roi_pool, deform_roi_align, ms_deform_attn, reference
 
 from ..ops import test_deform_ps_roi_pool as ps_roi_pool
 from ..ops import test_deform_roi_align as roi_align
@@ -115,3 +115,35 @@ def test_float32_rois_beside_half_features(tmp_path):
     tensors = dict(input=torch.randn(2, 5, 11, 13).half(), rois=roi_align.ROIS, offset=torch.randn(6, 2, 3, 4).half())
     cases = [("float32 RoIs", tensors, {**roi_align.OPTIONS, "sampling_ratio": 2})]
     check(deform_roi_align, reference.deform_roi_align, cases, tmp_path / "model.onnx", 2**-10)
+
+
+LEVELS = [(4, 5), (3, 1), (1, 1)]
+
+
+def attention_cases(dtype):
+    """(name, tensors, options), the sizes of the levels in place of a tensor."""
+
+    def case(name, locations, sizes=LEVELS, channels=4):
+        batch, _, heads = locations.shape[:3]
+        tensors = dict(
+            value=torch.randn(batch, sum(h * w for h, w in sizes), heads, channels).to(dtype),
+            sampling_locations=locations if dtype is torch.float64 else locations.float(),
+            attention_weights=torch.rand(locations.shape[:-1]).to(dtype),
+        )
+        return name, tensors, dict(spatial_shapes=sizes)
+
+    double = dict(dtype=torch.float64)
+    yield case("levels", 1.6 * torch.rand(2, 5, 3, 3, 2, 2, **double) - 0.3)
+    yield case("one of all", torch.rand(1, 1, 1, 1, 1, 2, **double), [(7, 6)], 1)
+    pixels = torch.tensor([-1.5, -1.0, -1 + 1e-3, -0.5, 0.0, 1.25, 4.0, 4.5, 5 - 1e-3, 5.0, 6.0], **double)
+    borders = (torch.cartesian_prod(pixels, pixels) + 0.5) / 5
+    yield case("borders", borders.view(1, -1, 1, 1, 1, 2), [(5, 5)])
+    wild = torch.tensor([math.nan, math.inf, -math.inf, 1e30, -1e30, 1e9, -1e4, 0.5], **double)
+    yield case("wild", torch.cartesian_prod(wild, wild).view(1, -1, 1, 1, 1, 2), [(5, 5)])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_ms_deform_attn(dtype, tmp_path):
+    runtimes = list(RUNTIMES) if dtype is not torch.float64 else ["onnxruntime"]  # onnx's own samples in float32
+    cases = list(attention_cases(dtype))
+    check(ms_deform_attn, reference.ms_deform_attn, cases, tmp_path / "model.onnx", TOLERANCE[dtype], runtimes)

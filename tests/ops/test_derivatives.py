@@ -13,6 +13,7 @@ from dcn_plugin.ops import (
     deform_conv2d,
     deform_ps_roi_pool,
     deform_roi_align,
+    ms_deform_attn,
     reference,
 )
 
@@ -51,6 +52,18 @@ def ps_pool(classes=2, **sizes):
     return (lambda module: module.deform_ps_roi_pool), tensors, options
 
 
+def attention(shapes=((3, 4), (2, 1)), channels=3):
+    samples = 2, 3, 2, len(shapes), 2
+    sizes = torch.tensor(shapes, dtype=torch.float64).flip(1)[:, None]
+    locations = torch.rand(*samples, 2, dtype=torch.float64) * 1.6 - 0.3
+    tensors = dict(
+        value=torch.randn(2, sum(h * w for h, w in shapes), 2, channels).double(),
+        sampling_locations=((locations * sizes).floor() + 0.7 + 0.6 * torch.rand_like(locations)) / sizes,
+        attention_weights=torch.rand(samples).double(),
+    )
+    return (lambda module: module.ms_deform_attn), tensors, dict(spatial_shapes=torch.tensor(shapes))
+
+
 CASES = {
     "v2": lambda: conv(SMALL),
     "v1": lambda: conv(replace(SMALL, mask=False, bias=False, stride=2)),
@@ -61,6 +74,8 @@ CASES = {
     "roi-align-plain": lambda: align(offset=False, mask=False),
     "ps-roi-pool": ps_pool,
     "ps-roi-pool-plain": lambda: ps_pool(classes=0),
+    "attention": attention,
+    "attention-one-level": lambda: attention(shapes=((4, 5),), channels=1),
 }
 operators = pytest.mark.parametrize("make", CASES.values(), ids=CASES)
 
@@ -71,6 +86,7 @@ class Ours:
     deform_conv2d = staticmethod(deform_conv2d)
     deform_roi_align = staticmethod(deform_roi_align)
     deform_ps_roi_pool = staticmethod(deform_ps_roi_pool)
+    ms_deform_attn = staticmethod(ms_deform_attn)
 
 
 def function_of(made, module=Ours, device="cpu"):

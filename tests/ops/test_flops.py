@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dcn_plugin import convert
-from dcn_plugin.ops import deform_conv2d, deform_ps_roi_pool, deform_roi_align, flops
+from dcn_plugin.ops import deform_conv2d, deform_ps_roi_pool, deform_roi_align, flops, ms_deform_attn
 
 # Two images of 6 channels, 5 x 7; 4 output channels in 2 groups, kernel 3 x 2; 5 x 8 output positions with padding 1.
 OUTPUT = 2 * 5 * 8
@@ -95,6 +95,20 @@ def test_ps_roi_pool():
     assert counted(pool().sum().backward) == {"dcn_plugin.deform_ps_roi_pool_backward": 2 * sampling}
     offset = torch.zeros(1, 2, 2, 2, requires_grad=True)
     assert counted(pool(offset).sum().backward) == {"dcn_plugin.deform_ps_roi_pool_backward": 2 * 3 * sampling}
+
+
+@pytest.mark.parametrize(("needed", "passes"), [((0,), 1), ((1,), 3), ((2,), 3), ((0, 1, 2), 4)])
+def test_attention(needed, passes):
+    tensors = torch.rand(1, 15, 2, 8), torch.rand(1, 7, 2, 2, 3, 2), torch.rand(1, 7, 2, 2, 3)
+    for index in needed:
+        tensors[index].requires_grad_()
+    sampling = 7 * 2 * 2 * 3 * 8 * 4
+
+    def attend():
+        return ms_deform_attn(tensors[0], [(3, 4), (1, 3)], *tensors[1:])
+
+    assert counted(attend) == {"dcn_plugin.ms_deform_attn": 2 * sampling}
+    assert counted(attend().sum().backward) == {"dcn_plugin.ms_deform_attn_backward": 2 * passes * sampling}
 
 
 def test_fvcore():

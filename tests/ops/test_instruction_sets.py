@@ -26,7 +26,8 @@ def environment(name):
 def test_instruction_set(name, needs):
     if needs and needs not in flags():
         pytest.skip(f"this processor does not have {name}")
-    files = [str(TESTS / f"test_deform_{op}.py") for op in ("conv2d", "roi_align", "ps_roi_pool")]
+    operators = "deform_conv2d", "deform_roi_align", "deform_ps_roi_pool", "ms_deform_attn"
+    files = [str(TESTS / f"test_{operator}.py") for operator in operators]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", SELECTION, *files]
     result = subprocess.run(command, env=environment(name), capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]

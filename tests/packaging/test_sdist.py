@@ -1,6 +1,7 @@
 """The source distribution: what it holds, and that what is built from it works."""
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -64,4 +65,6 @@ def test_an_operator_runs_where_it_was_built_from_the_sdist(sdist, clean_environ
         return done.stdout
 
     assert run(python, "-c", USE).split() == [dcn_plugin.__version__] * 2
+    where = re.search(r"^python -c \"(.*_cpu.so.*)\"$", (ROOT / "docs/deployment.md").read_text(), re.MULTILINE)[1]
+    assert Path(run(python, "-c", where).strip()).is_relative_to(clean_environment)
     assert run(clean_environment / "bin/dcn-plugin", "--help").startswith("usage: ")

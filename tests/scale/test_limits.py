@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dcn_plugin.ops import deform_conv2d, deform_ps_roi_pool, deform_roi_align
+from dcn_plugin.ops import deform_conv2d, deform_ps_roi_pool, deform_roi_align, ms_deform_attn
 from tests.ops.cases import BASE, run
 
 ROIS = torch.tensor([[0, 0.0, 1, 30, 25], [1, 5, 5, 60, 40], [0, -9, 3, 12, 80]])
@@ -22,8 +22,14 @@ def results(case, seed):
     )
     align = run(lambda **t: deform_roi_align(rois=ROIS, output_size=2, spatial_scale=0.125, **t), maps)
     pool = run(lambda **t: deform_ps_roi_pool(rois=ROIS, output_size=2, spatial_scale=0.125, **t), maps)
-    rois = [t for output, gradients in (align, pool) for t in (output, *gradients.values())]
-    return [conv, *conv_gradients.values(), *rois]
+    sampled = dict(
+        value=torch.randn(2, 99, 2, 8, generator=generator),
+        sampling_locations=torch.rand(2, 40, 2, 1, 4, 2, generator=generator),
+        attention_weights=torch.rand(2, 40, 2, 1, 4, generator=generator),
+    )
+    attention = run(lambda **t: ms_deform_attn(spatial_shapes=[(9, 11)], **t), sampled)
+    others = [t for output, gradients in (align, pool, attention) for t in (output, *gradients.values())]
+    return [conv, *conv_gradients.values(), *others]
 
 
 def test_eight_threads_at_once():

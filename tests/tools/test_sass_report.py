@@ -95,6 +95,43 @@ def test_loop_of_products_that_runs_a_constant_number_of_times(sass_report):
     assert loop.matrix < 36 * memory
 
 
+ENDINGS = {
+    "a counter": [
+        "IMAD.MOV.U32 R9, RZ, RZ, RZ",
+        "VIADD R9, R9, 0x1",
+        "ISETP.NE.AND P0, PT, R9, 0x4, PT",
+        "@P0 BRA 0x10",
+    ],
+    "12.0": ["MOV R9, RZ", "IADD3 R9, PT, PT, R9, 0x1, RZ", "ISETP.NE.AND P0, PT, R9, 0x4, PT", "@P0 BRA 0x10"],
+    "uniform": [
+        *("UMOV UR6, 0xc200", "UIADD3 UR6, UPT, UPT, UR6, 0x200, URZ", "UISETP.NE.AND UP0, UPT, UR6, 0xca00, UPT"),
+        "BRA.U UP0, 0x10",
+    ],
+    "8.0": [
+        *("MOV R9, RZ", "IADD3 R9, R9, 0x1, RZ", "ISETP.NE.AND P0, PT, R9, 0x4, PT", "@!P0 CALL.REL.NOINC 0x7800"),
+        "BRA 0x10",
+    ],
+    "a flag": [
+        *("UPLOP3.LUT UP0, UPT, UPT, UPT, UPT, 0x80, 0x8", "UPLOP3.LUT UP1, UPT, UPT, UPT, UP0, 0x80, 0x8"),
+        *("UPLOP3.LUT UP0, UPT, UPT, UPT, UPT, 0x40, 0x4", "BRA.U UP1, 0x10"),
+    ],
+    "a number of the launch": [
+        "MOV R9, RZ",
+        "IADD3 R9, R9, 0x1, RZ",
+        "ISETP.NE.AND P0, PT, R9, R8, PT",
+        "@P0 BRA 0x10",
+    ],
+    "a flag of the launch": ["UPLOP3.LUT UP1, UPT, UPT, UPT, UP0, 0x80, 0x8", "NOP", "BRA.U UP1, 0x10"],
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_how_often_a_loop_runs(sass_report, ending):
+    lines = [sass_report.Instruction(16 * i, text) for i, text in enumerate(ENDINGS[ending])]
+    count = None if ending.endswith("of the launch") else 2 if ending == "a flag" else 4
+    assert sass_report.trips(lines, 1, len(lines) - 1) == count
+
+
 def test_kernel_without_products(sass_report):
     (kernel,) = sass_report.parse_sass(
         "code for sm_90\nFunction : plain\n /*0000*/ STL [R1], R2 ;\n /*0010*/ BRA 0x0;\n"

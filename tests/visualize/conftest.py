@@ -50,6 +50,22 @@ model = dict(
     test_cfg=dict(rpn=dict(nms_pre=50, max_per_img=20, nms=dict(type="nms", iou_threshold=0.7), min_bbox_size=4),
                   rcnn=dict(score_thr=0.0, nms=dict(type="nms", iou_threshold=0.5), max_per_img=5)))
 """
+DETR = """
+attention = dict(embed_dims=32, num_heads=8, num_levels=3, num_points=4, batch_first=True)
+ffn = dict(embed_dims=32, feedforward_channels=32)
+backbone.pop("deformable")
+model = dict(
+    type="DeformableDETR", data_preprocessor=data_preprocessor, backbone=backbone, num_queries=12, num_feature_levels=3,
+    neck=dict(type="ChannelMapper", in_channels=[16, 32, 64], kernel_size=1, out_channels=32, num_outs=3),
+    encoder=dict(num_layers=2, layer_cfg=dict(self_attn_cfg=attention, ffn_cfg=ffn)),
+    decoder=dict(
+        num_layers=2, return_intermediate=True, post_norm_cfg=None,
+        layer_cfg=dict(self_attn_cfg=dict(embed_dims=32, num_heads=8, batch_first=True), cross_attn_cfg=attention,
+                       ffn_cfg=ffn)),
+    positional_encoding=dict(num_feats=16, normalize=True, offset=-0.5),
+    bbox_head=dict(type="DeformableDETRHead", num_classes=2, embed_dims=32, loss_cls=dict(type="FocalLoss")),
+    test_cfg=dict(max_per_img=6))
+"""
 
 
 @pytest.fixture
@@ -76,6 +92,9 @@ def write_config(tmp_path, image):
     return write
 
 
+PREDICTING = "conv_offset", "offset_fc.4", "sampling_offsets.weight", "attention_weights.weight"
+
+
 @pytest.fixture
 def write_checkpoint(tmp_path):
     """Writes a checkpoint of a config's model, its offsets random, and returns its path."""
@@ -85,8 +104,10 @@ def write_checkpoint(tmp_path):
 
         torch.manual_seed(seed)
         model = _config.build(_config.load(config))
+        if hasattr(model, "level_embed"):
+            model.init_weights()  # else it is what was in memory
         for parameter_name, parameter in model.named_parameters():
-            if "conv_offset" in parameter_name or "offset_fc.4" in parameter_name:
+            if any(part in parameter_name for part in PREDICTING):
                 torch.nn.init.normal_(parameter, std=0.2)
         path = tmp_path / name
         torch.save(dict(state_dict=model.state_dict(), meta=dict(dataset_meta=dict(classes=("cat", "dog")))), path)

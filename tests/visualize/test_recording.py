@@ -121,7 +121,7 @@ def test_calls_are_noted_as_the_operator_gets_them():
     torch.testing.assert_close(two.taps, second.weight.detach().norm(dim=(0, 1)))
     assert recording.output.shape == (1, 4, 6, 6)
     assert recording.chosen() == [two] and recording.chosen(["?"]) == [one]
-    with pytest.raises(ValueError, match="'2' matches none of the deformable convolutions that ran: 0, 1.1"):
+    with pytest.raises(ValueError, match="'2' matches none of the deformable layers that ran: 0, 1.1"):
         recording.chosen(["*", "2"])
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 

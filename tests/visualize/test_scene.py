@@ -15,7 +15,7 @@ from dcn_plugin.visualize import drawing
 from dcn_plugin.visualize.grid import Grid
 from dcn_plugin.visualize.scene import frame_of, see
 
-from .conftest import TWO_STAGE
+from .conftest import DETR, TWO_STAGE
 
 KEYS = "img_path", "ori_shape", "img_shape", "scale_factor", "border"
 
@@ -140,6 +140,37 @@ def test_the_bins_of_rois(scene):
     torch.testing.assert_close((moved - straight)[..., :2].permute(2, 0, 1), share * size, atol=1e-4, rtol=1e-4)
     figure = drawing.rois_figure(scene)
     assert len(figure.axes[1].patches) == 9 + 1 and drawing.rendered(figure).std() > 10
+
+
+@pytest.mark.parametrize("scene", [(DETR,)], indirect=True)
+def test_the_attention_of_a_detector(scene):
+    encoder, decoder = scene.recording.chosen_attentions()
+    assert (encoder.name, decoder.name) == ("encoder.layers.1.self_attn", "decoder.layers.1.cross_attn")
+    assert encoder.of_pixels and len(decoder.locations) == 12
+
+    place = 40.0, 22.0
+    [(name, figure)] = drawing.figures(scene, ["encoder*1*", "decoder*1*"], places=[place], what=["attention"])
+    assert name == "scene_attention" and drawing.rendered(figure).std() > 10
+    for ax, attention in zip(figure.axes, (encoder, decoder), strict=True):
+        assert ax.get_title() == f"{attention.name}\n8 heads, 3 levels, 4 points"
+        drawn, centre = (one.get_offsets() for one in ax.collections)
+        # The model got 96 x 64, of which the image's 60 x 50 pixels fill 77 x 64.
+        to_image = torch.tensor([96 * 60 / 77, 64 * 50 / 64])
+        query = attention.query_at((place[1] + 0.5) * 64 / 50 - 0.5, (place[0] + 0.5) * 77 / 60 - 0.5)
+        sizes = attention.sizes.flip(-1)[:, None]
+        at = attention.locations[query] * sizes - 0.5
+        read = ((at > -1) & (at < sizes)).all(-1)
+        expected = attention.locations[query][read] * to_image - 0.5
+        assert len(expected) > 30
+        drawn, expected = (np.array(sorted(map(tuple, one.tolist()))) for one in (drawn, expected))
+        np.testing.assert_allclose(drawn, expected, atol=1e-3)
+        assert len({tuple(colour[:3]) for colour in ax.collections[0].get_facecolor().tolist()}) == 8
+        assert tuple(centre[0]) == pytest.approx((attention.references()[query] * to_image - 0.5).tolist(), abs=1e-3)
+    # The encoder's query is the pixel of the map of stride 8 that is nearest: the place's share of 8 x 12 pixels.
+    column, row = 40.5 * 77 / 60 / 8, 22.5 * 64 / 50 / 8
+    x, y = scene.attended(encoder, place)[1]
+    assert x == pytest.approx((int(column) + 0.5) * 8 * 60 / 77 - 0.5, abs=1e-3)
+    assert y == pytest.approx((int(row) + 0.5) * 8 * 50 / 64 - 0.5, abs=1e-3)
 
 
 @pytest.mark.parametrize("scene", [()], indirect=True)

@@ -4,6 +4,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 
 #include "../bfloat16.h"
 
@@ -37,13 +38,17 @@ struct VectorOf;
 template <>
 struct VectorOf<float> {
   typedef float type __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t indices __attribute__((vector_size(kVectorBytes)));
 };
 template <>
 struct VectorOf<double> {
   typedef double type __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t indices __attribute__((vector_size(kVectorBytes)));
 };
 template <class T>
 using Vec = typename VectorOf<T>::type;
+template <class T>
+using LaneIndices = typename VectorOf<T>::indices;
 
 template <class T>
 static inline Vec<T> load(const T* p) {
@@ -108,15 +113,18 @@ static inline Vec<float> load(const Bfloat16* p) {
   return reinterpret_cast<Vec<float>>(widen(half) << 16);
 }
 
-// Rounded to nearest even.
+// Rounded to bfloat16, in the upper half of each lane; the lower is undefined.
+static inline FloatBits rounded(Vec<float> v) {
+  const FloatBits bits = reinterpret_cast<FloatBits>(v);
+  const FloatBits quiet_nan = FloatBits{} + 0x7fc00000;
+  return v == v ? bits + 0x7fff + (bits >> 16 & 1) : quiet_nan;
+}
+
 static inline HalfBits to_bfloat16(Vec<float> v) {
 #if defined(__AVX512BF16__)
   return (HalfBits)_mm512_cvtneps_pbh((__m512)v);
 #else
-  const FloatBits bits = reinterpret_cast<FloatBits>(v);
-  const FloatBits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  const FloatBits quiet_nan = FloatBits{} + 0x7fc0;
-  return narrow(v == v ? rounded : quiet_nan);
+  return narrow(rounded(v) >> 16);
 #endif
 }
 
@@ -168,19 +176,78 @@ static inline void store(Bfloat16* p, Vec<float> v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
 }
 
+template <class T>
+static inline T sum(Vec<T> v) {
+  T lane[kLanes<T>];
+  store(lane, v);
+#pragma GCC unroll 4
+  for (int half = kLanes<T> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  return lane[0];
+}
+
+// Several vectors of elements in a row, in an order that only store_many need know: it is their own but for an even
+// number of vectors of Bfloat16, where each two hold the even and the odd elements of their place, which costs less.
+template <int Vectors, class T>
+static inline void load_many(const T* p, int64_t count, Vec<T> (&v)[Vectors]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < Vectors; ++i) v[i] = load(p + i * kLanes<T>, count);
+}
+
+template <int Vectors, class T>
+static inline void store_many(T* p, const Vec<T> (&v)[Vectors], int64_t count) {
+#pragma GCC unroll 4
+  for (int i = 0; i < Vectors; ++i) store(p + i * kLanes<T>, v[i], count);
+}
+
+template <int Vectors>
+static inline void load_many(const Bfloat16* p, int64_t count, Vec<float> (&v)[Vectors]) {
+  constexpr int L = kLanes<float>;
+  if constexpr (Vectors % 2 == 1) {
+#pragma GCC unroll 4
+    for (int i = 0; i < Vectors; ++i) v[i] = load(p + i * L, count);
+  } else {
+#pragma GCC unroll 4
+    for (int i = 0; i < Vectors; i += 2) {
+      FloatBits pairs;
+      __builtin_memcpy(&pairs, p + i * L, sizeof(pairs));
+      v[i] = reinterpret_cast<Vec<float>>(pairs << 16);
+      v[i + 1] = reinterpret_cast<Vec<float>>(pairs & 0xffff0000u);
+    }
+  }
+}
+
+template <int Vectors>
+static inline void store_many(Bfloat16* p, const Vec<float> (&v)[Vectors], int64_t count) {
+  constexpr int L = kLanes<float>;
+  if constexpr (Vectors % 2 == 1) {
+#pragma GCC unroll 4
+    for (int i = 0; i < Vectors; ++i) store(p + i * L, v[i], count);
+  } else {
+#pragma GCC unroll 4
+    for (int i = 0; i < Vectors; i += 2) {
+      const FloatBits pairs = rounded(v[i]) >> 16 | (rounded(v[i + 1]) & 0xffff0000u);
+      __builtin_memcpy(p + i * L, &pairs, sizeof(pairs));
+    }
+  }
+}
+
+// Every second lane of `a` and then of `b`, from `First` on.
+template <class T, int First>
+static inline Vec<T> every_second(Vec<T> a, Vec<T> b) {
+  return [&]<int... I>(std::integer_sequence<int, I...>) {
+#ifdef __clang__
+    return __builtin_shufflevector(a, b, (First + 2 * I)...);
+#else
+    return __builtin_shuffle(a, b, LaneIndices<T>{(First + 2 * I)...});
+#endif
+  }(std::make_integer_sequence<int, kLanes<T>>());
+}
+
 // The sums of neighbouring lanes: those of a, then those of b.
 template <class T>
 static inline Vec<T> add_neighbours(Vec<T> a, Vec<T> b) {
-  if constexpr (kLanes<T> == 16)
-    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-  else if constexpr (kLanes<T> == 8)
-    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
-           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
-  else if constexpr (kLanes<T> == 4)
-    return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
-  else
-    return __builtin_shufflevector(a, b, 0, 2) + __builtin_shufflevector(a, b, 1, 3);
+  return every_second<T, 0>(a, b) + every_second<T, 1>(a, b);
 }
 
 // Writes the sums of the lanes of four vectors.
@@ -197,14 +264,18 @@ static inline void store_sums(T* p, const Vec<T> v[4]) {
   }
 }
 
+// The sums of each of as many vectors as one has lanes.
 template <class T>
-static inline T sum(Vec<T> v) {
-  T lane[kLanes<T>];
-  store(lane, v);
+static inline Vec<T> sums(const T* vectors) {
+  constexpr int L = kLanes<T>;
+  Vec<T> v[L];
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) v[i] = load(vectors + i * L);
 #pragma GCC unroll 4
-  for (int half = kLanes<T> / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  return lane[0];
+  for (int n = L / 2; n > 0; n /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) v[i] = add_neighbours<T>(v[2 * i], v[2 * i + 1]);
+  return v[0];
 }
 
 }  // namespace dcn::cpu::DCN_ISA

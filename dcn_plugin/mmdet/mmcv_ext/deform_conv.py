@@ -1,6 +1,7 @@
 """mmcv's ``deform_conv2d`` and ``modulated_deform_conv2d``, on this package's.
 
-:mod:`dcn_plugin.mmdet` replaces the functions of mmcv that call these by faster ones.
+:mod:`dcn_plugin.mmdet` replaces the functions of mmcv that call these by faster ones. mmcv gives the tensors in order
+and all that is geometry by name; groups follow from the tensors' shapes.
 """
 
 from torch import Tensor
@@ -18,26 +19,22 @@ __all__ = [
 ]
 
 
+def _plain(geometry: dict) -> dict:
+    """Stride, padding and dilation by the names of our operator, from those of mmcv's first version."""
+    names = {"stride": "d", "padding": "pad", "dilation": "dilation"}
+    return {ours: (geometry[f"{theirs}H"], geometry[f"{theirs}W"]) for ours, theirs in names.items()}
+
+
+def _modulated(geometry: dict) -> dict:
+    """The same from the names of mmcv's second version."""
+    names = {"stride": "stride", "padding": "pad", "dilation": "dilation"}
+    return {ours: (geometry[f"{theirs}_h"], geometry[f"{theirs}_w"]) for ours, theirs in names.items()}
+
+
 def deform_conv_forward(
-    input: Tensor,
-    weight: Tensor,
-    offset: Tensor,
-    output: Tensor,
-    columns: Tensor,
-    ones: Tensor,
-    kW: int,
-    kH: int,
-    dW: int,
-    dH: int,
-    padW: int,
-    padH: int,
-    dilationW: int,
-    dilationH: int,
-    group: int,
-    deformable_group: int,
-    im2col_step: int,
+    input: Tensor, weight: Tensor, offset: Tensor, output: Tensor, columns: Tensor, ones: Tensor, **geometry
 ) -> None:
-    output.copy_(deform_conv2d(input, offset, weight, None, (dH, dW), (padH, padW), (dilationH, dilationW)))
+    output.copy_(deform_conv2d(input, offset, weight, **_plain(geometry)))
 
 
 def deform_conv_backward_input(
@@ -48,20 +45,10 @@ def deform_conv_backward_input(
     gradOffset: Tensor,
     weight: Tensor,
     columns: Tensor,
-    kW: int,
-    kH: int,
-    dW: int,
-    dH: int,
-    padW: int,
-    padH: int,
-    dilationW: int,
-    dilationH: int,
-    group: int,
-    deformable_group: int,
-    im2col_step: int,
+    **geometry,
 ) -> None:
     def convolve(input, offset):
-        return deform_conv2d(input, offset, weight, None, (dH, dW), (padH, padW), (dilationH, dilationW))
+        return deform_conv2d(input, offset, weight, **_plain(geometry))
 
     for grad, computed in zip((gradInput, gradOffset), gradients(convolve, [input, offset], gradOutput), strict=True):
         grad.copy_(computed)
@@ -74,21 +61,11 @@ def deform_conv_backward_parameters(
     gradWeight: Tensor,
     columns: Tensor,
     ones: Tensor,
-    kW: int,
-    kH: int,
-    dW: int,
-    dH: int,
-    padW: int,
-    padH: int,
-    dilationW: int,
-    dilationH: int,
-    group: int,
-    deformable_group: int,
     scale: float,
-    im2col_step: int,
+    **geometry,
 ) -> None:
     def convolve(weight):
-        return deform_conv2d(input, offset, weight, None, (dH, dW), (padH, padW), (dilationH, dilationW))
+        return deform_conv2d(input, offset, weight, **_plain(geometry))
 
     gradWeight.add_(gradients(convolve, [gradWeight], gradOutput)[0], alpha=scale)  # linear: any weight will do
 
@@ -102,20 +79,11 @@ def modulated_deform_conv_forward(
     mask: Tensor,
     output: Tensor,
     columns: Tensor,
-    kernel_h: int,
-    kernel_w: int,
-    stride_h: int,
-    stride_w: int,
-    pad_h: int,
-    pad_w: int,
-    dilation_h: int,
-    dilation_w: int,
-    group: int,
-    deformable_group: int,
     with_bias: bool,
+    **geometry,
 ) -> None:
-    stride, padding, dilation = (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w)
-    output.copy_(deform_conv2d(input, offset, weight, bias if with_bias else None, stride, padding, dilation, mask))
+    added = bias if with_bias else None
+    output.copy_(deform_conv2d(input, offset, weight, added, mask=mask, **_modulated(geometry)))
 
 
 def modulated_deform_conv_backward(
@@ -132,22 +100,11 @@ def modulated_deform_conv_backward(
     grad_offset: Tensor,
     grad_mask: Tensor,
     grad_output: Tensor,
-    kernel_h: int,
-    kernel_w: int,
-    stride_h: int,
-    stride_w: int,
-    pad_h: int,
-    pad_w: int,
-    dilation_h: int,
-    dilation_w: int,
-    group: int,
-    deformable_group: int,
     with_bias: bool,
+    **geometry,
 ) -> None:
-    stride, padding, dilation = (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w)
-
     def convolve(input, offset, weight, mask):
-        return deform_conv2d(input, offset, weight, None, stride, padding, dilation, mask)
+        return deform_conv2d(input, offset, weight, mask=mask, **_modulated(geometry))
 
     computed = gradients(convolve, [input, offset, weight, mask], grad_output)
     for grad, one in zip((grad_input, grad_offset, grad_weight, grad_mask), computed, strict=True):

@@ -1,6 +1,9 @@
-"""mmcv's multi-scale deformable attention on CUDA; on the CPU, mmcv itself calls its own PyTorch function, as here."""
+"""mmcv's multi-scale deformable attention."""
 
+import torch
 from torch import Tensor
+
+from dcn_plugin.ops import ms_deform_attn
 
 from ._gradients import gradients
 
@@ -15,9 +18,9 @@ def ms_deform_attn_forward(
     attention_weights: Tensor,
     im2col_step: int,
 ) -> Tensor:
-    from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch  # which imports mmcv._ext
-
-    return multi_scale_deformable_attn_pytorch(value, value_spatial_shapes, sampling_locations, attention_weights)
+    # mmcv has cast the locations to value's dtype.
+    locations = sampling_locations if value.dtype is torch.float64 else sampling_locations.float()
+    return ms_deform_attn(value, value_spatial_shapes, locations, attention_weights)
 
 
 def ms_deform_attn_backward(
