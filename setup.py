@@ -55,6 +55,7 @@ INSTRUCTION_SETS = {"portable": []}
 if sysconfig.get_platform().endswith(("-x86_64", "-amd64")):
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
     INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
+    INSTRUCTION_SETS["avx512bf16"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mavx512bf16"]
 
 TORCH = Path(torch.__file__).parent
 TORCH_INCLUDES = [str(TORCH / "include"), str(TORCH / "include/torch/csrc/api/include")]

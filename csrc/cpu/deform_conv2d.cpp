@@ -6,6 +6,7 @@
 #include "../arguments.h"
 #include "deform_conv2d_kernels.h"
 #include "dispatch.h"
+#include "layout.h"
 #include "parallel.h"
 
 DCN_KERNELS(DeformConv2dKernels, deform_conv2d_kernels)
@@ -19,7 +20,8 @@ namespace {
 constexpr int64_t kForwardSlab = 128;  // channels
 constexpr int64_t kBackwardSlab = 128;
 constexpr int64_t kLeastSlab = 32;
-constexpr int64_t kTileRows = 48;      // output positions
+constexpr int64_t kForwardRows = 48;  // output positions of a tile
+constexpr int64_t kBackwardRows = 96;
 constexpr int64_t kBackwardTasks = 4;  // wanted at least
 
 class OwnedPlan : public Plan {
@@ -52,7 +54,7 @@ class OwnedPlan : public Plan {
     slabs = storage_.data();
     slab_count = static_cast<int64_t>(storage_.size());
 
-    tiles = std::max<int64_t>(1, divide_up(s.positions(), kTileRows));
+    tiles = std::max<int64_t>(1, divide_up(s.positions(), backward ? kBackwardRows : kForwardRows));
     tile_rows = divide_up(divide_up(s.positions(), tiles), row_block) * row_block;
     tiles = divide_up(s.positions(), tile_rows);
     image_groups = std::min(s.batch, divide_up(kBackwardTasks, slab_count));
@@ -98,23 +100,23 @@ Tensor forward(const Tensor& input, const Tensor& offset, const Tensor& weight, 
   const IntList size{shape.batch, shape.out_channels, shape.out_height, shape.out_width};
   if (shape.batch == 0) return empty(input, size, type, format);
 
-  const auto run = [&]<class T, class Element>(T, Element, const Plan& plan,
-                                               const DeformConv2dForward<T, Element>& kernels, ScalarType stored) {
+  const auto run = [&]<class T, class Element>(const Plan& plan, const DeformConv2dForward<T, Element>& kernels,
+                                               ScalarType stored) {
     const Tensor output = empty(input, size, stored, format);
-    run_forward<T, Element>(plan, kernels, as(input, stored, MemoryFormat::ChannelsLast), as(offset, compute),
+    run_forward<T, Element>(plan, kernels, as_channels_last(input, stored), as(offset, compute),
                             as(weight, stored, format_of(weight)), as(bias, compute), as(mask, compute), output,
                             format == MemoryFormat::ChannelsLast);
     return stored == type ? output : torch::stable::to(output, type);
   };
   if (compute == ScalarType::Double) {
     const auto& kernels = select_deform_conv2d_kernels<double>();
-    return run(double(), double(), OwnedPlan(shape, kernels.lanes, kernels.row_block, false), kernels.forward, compute);
+    return run(OwnedPlan(shape, kernels.lanes, kernels.row_block, false), kernels.forward, compute);
   }
   const auto& kernels = select_deform_conv2d_kernels<float>();
   const OwnedPlan plan(shape, kernels.lanes, kernels.row_block, false);
   if (type == ScalarType::BFloat16 && kernels.bfloat16_forward.forward && !plan.depthwise)
-    return run(float(), Bfloat16(), plan, kernels.bfloat16_forward, type);
-  return run(float(), float(), plan, kernels.forward, compute);
+    return run(plan, kernels.bfloat16_forward, type);
+  return run(plan, kernels.forward, compute);
 }
 
 struct Gradients {
@@ -143,33 +145,34 @@ void reduce_sampling(const Plan& plan, const T* partials, T* grad_offset, T* gra
   });
 }
 
-template <class T>
-void run_backward(const Plan& plan, const DeformConv2dKernels<T>& kernels, const Tensor& grad_output,
-                  const Tensor& input, const Tensor& offset, const std::optional<Tensor>& mask, const Tensor& weight,
-                  bool need_columns, bool need_weight, const Gradients& grad) {
+template <class T, class Element>
+void run_backward(const Plan& plan, const DeformConv2dKernels<T>& kernels,
+                  const DeformConv2dBackward<T, Element>& backward, const Tensor& grad_output, const Tensor& input,
+                  const Tensor& offset, const std::optional<Tensor>& mask, const Tensor& weight, bool need_columns,
+                  bool need_weight, const Gradients& grad) {
   const DeformConv2dShape& s = plan.shape;
-  const ScalarType type = input.scalar_type();
-  Tensor packed = empty(input, {need_columns ? plan.packed_weight : 0}, type);
+  const ScalarType type = offset.scalar_type();
+  Tensor packed = empty(input, {need_columns ? plan.packed_weight : 0}, input.scalar_type());
   Tensor partials = empty(input, {need_columns ? plan.slab_count * s.batch * 3 * s.taps() * s.positions() : 0}, type);
   Tensor grad_packed = zeros(input, {need_weight ? plan.image_groups * plan.packed_weight : 0}, type);
   if (need_columns)
     torch::stable::parallel_for(0, plan.slab_count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
-        kernels.pack_weight_transposed(plan, i, view<const T>(plan, weight, format_of(weight)), data<T>(packed));
+        backward.pack_weight_transposed(plan, i, view<const Element>(plan, weight, format_of(weight)),
+                                        data<Element>(packed));
     });
-  const ConvBackward<T> args{plan,
-                             data<T>(grad_output),
-                             data<T>(input),
-                             data<T>(offset),
-                             data<T>(mask),
-                             need_columns ? data<T>(packed) : nullptr,
-                             data<T>(grad.input),
-                             need_columns ? data<T>(partials) : nullptr,
-                             need_weight ? data<T>(grad_packed) : nullptr};
-  parallel_tasks(plan.slab_count * plan.image_groups, kernels.backward_scratch_bytes(plan),
-                 [&](int64_t task, void* scratch) {
-                   kernels.backward(args, task % plan.slab_count, task / plan.slab_count, scratch);
-                 });
+  const ConvBackward<T, Element> args{plan,
+                                      data<Element>(grad_output),
+                                      data<Element>(input),
+                                      data<T>(offset),
+                                      data<T>(mask),
+                                      need_columns ? data<Element>(packed) : nullptr,
+                                      data<T>(grad.input),
+                                      need_columns ? data<T>(partials) : nullptr,
+                                      need_weight ? data<T>(grad_packed) : nullptr};
+  parallel_tasks(plan.slab_count * plan.image_groups, backward.scratch_bytes(plan), [&](int64_t task, void* scratch) {
+    backward.backward(args, task % plan.slab_count, task / plan.slab_count, scratch);
+  });
   if (need_columns) reduce_sampling(plan, data<T>(partials), data<T>(grad.offset), data<T>(grad.mask));
   if (need_weight)
     torch::stable::parallel_for(0, plan.slab_count, 1, [&](int64_t begin, int64_t end) {
@@ -187,7 +190,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, c
   check_like_input(grad_output, input, "grad_output");
   check_shape(sizes(grad_output), {shape.batch, shape.out_channels, shape.out_height, shape.out_width}, "grad_output",
               "(N, Co, Ho, Wo)");
-  const ScalarType type = compute_type(input.scalar_type());
+  const ScalarType given = input.scalar_type(), type = compute_type(given);
   // One pass over the samples gives grad_input, grad_offset and grad_mask together.
   const bool need_columns = need_input || need_sampling;
   const Gradients grad{zeroed(make_gradient(need_columns, input, type, MemoryFormat::ChannelsLast)),
@@ -195,19 +198,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, c
                        zeroed(make_gradient(need_columns, mask, type)),
                        zeroed(make_gradient(need_weight, weight, type, format_of(weight)))};
   if (shape.batch > 0) {
-    const auto run = [&]<class T>(T) {
-      const auto& kernels = select_deform_conv2d_kernels<T>();
-      const OwnedPlan plan(shape, kernels.lanes, kernels.row_block, true);
-      run_backward<T>(plan, kernels, as(grad_output, type, MemoryFormat::ChannelsLast),
-                      as(input, type, MemoryFormat::ChannelsLast), as(offset, type), as(mask, type),
-                      as(weight, type, format_of(weight)), need_columns, need_weight, grad);
+    const auto run = [&]<class T, class Element>(const Plan& plan, const DeformConv2dKernels<T>& kernels,
+                                                 const DeformConv2dBackward<T, Element>& backward, ScalarType stored) {
+      run_backward(plan, kernels, backward, as_channels_last(grad_output, stored), as_channels_last(input, stored),
+                   as(offset, type), as(mask, type), as(weight, stored, format_of(weight)), need_columns, need_weight,
+                   grad);
     };
-    type == ScalarType::Double ? run(double()) : run(float());
+    if (type == ScalarType::Double) {
+      const auto& kernels = select_deform_conv2d_kernels<double>();
+      run(OwnedPlan(shape, kernels.lanes, kernels.row_block, true), kernels, kernels.backward, type);
+    } else {
+      const auto& kernels = select_deform_conv2d_kernels<float>();
+      const OwnedPlan plan(shape, kernels.lanes, kernels.row_block, true);
+      if (given == ScalarType::BFloat16 && kernels.bfloat16_backward.backward && !plan.depthwise)
+        run(plan, kernels, kernels.bfloat16_backward, given);
+      else
+        run(plan, kernels, kernels.backward, type);
+    }
   }
   const auto needed = [](bool need, const std::optional<Tensor>& g) { return need ? g : std::nullopt; };
-  return {finished(needed(need_input, grad.input), input, format_of(input)),
-          finished(needed(need_sampling, grad.offset), input), finished(needed(need_sampling, grad.mask), input),
-          finished(grad.weight, input, format_of(weight))};
+  return {finished_map(needed(need_input, grad.input), input), finished(needed(need_sampling, grad.offset), input),
+          finished(needed(need_sampling, grad.mask), input), finished(grad.weight, input, format_of(weight))};
 }
 
 }  // namespace

@@ -60,20 +60,20 @@ struct ConvForward {
   bool channels_last;
 };
 
-template <class T>
+template <class T, class Element>
 struct ConvBackward {
   const Plan& plan;
-  const T* grad_output;  // (N, Ho * Wo, Co)
-  const T* input;        // as above
+  const Element* grad_output;  // (N, Ho * Wo, Co)
+  const Element* input;        // as above
   const T* offset;
   const T* mask;
-  const T* packed_weight;  // by pack_weight_transposed; null if neither grad_input nor grad_sampling is needed
-  T* grad_input;           // (N, H, W, C), zero on entry; null with packed_weight
-  T* grad_sampling;        // (slabs, N, 3 * taps, Ho * Wo): partial sums of d/dy, d/dx, d/dmask; null with the above
-  T* grad_weight;          // (image_groups, packed_weight), zero on entry, or null
+  const Element* packed_weight;  // by pack_weight_transposed; null if neither grad_input nor grad_sampling is needed
+  T* grad_input;                 // (N, H, W, C), zero on entry; null with packed_weight
+  T* grad_sampling;  // (slabs, N, 3 * taps, Ho * Wo): partial sums of d/dy, d/dx, d/dmask; null with the above
+  T* grad_weight;    // (image_groups, packed_weight), zero on entry, or null
 };
 
-// The functions of the forward, which depend on the type of maps.
+// The functions that depend on the type of maps.
 template <class T, class Element>
 struct DeformConv2dForward {
   int64_t (*scratch_bytes)(const Plan&);
@@ -81,15 +81,21 @@ struct DeformConv2dForward {
   void (*forward)(const ConvForward<T, Element>&, int64_t tile, void* scratch);
 };
 
-// The functions of one instruction set.
+template <class T, class Element>
+struct DeformConv2dBackward {
+  int64_t (*scratch_bytes)(const Plan&);
+  void (*pack_weight_transposed)(const Plan&, int64_t slab, WeightView<const Element> weight, Element* packed);
+  void (*backward)(const ConvBackward<T, Element>&, int64_t slab, int64_t image_group, void* scratch);
+};
+
+// The functions of one instruction set. Those of bfloat16 are null where the processor has no product of bfloat16.
 template <class T>
 struct DeformConv2dKernels {
   int64_t lanes, row_block;
   DeformConv2dForward<T, T> forward;
-  DeformConv2dForward<T, Bfloat16> bfloat16_forward;  // null where the processor has no product of bfloat16
-  int64_t (*backward_scratch_bytes)(const Plan&);
-  void (*pack_weight_transposed)(const Plan&, int64_t slab, WeightView<const T> weight, T* packed);
-  void (*backward)(const ConvBackward<T>&, int64_t slab, int64_t image_group, void* scratch);
+  DeformConv2dBackward<T, T> backward;
+  DeformConv2dForward<T, Bfloat16> bfloat16_forward;
+  DeformConv2dBackward<T, Bfloat16> bfloat16_backward;
   // Adds the partial sums of the image groups, in order.
   void (*unpack_grad_weight)(const Plan&, int64_t slab, const T* packed, WeightView<T> grad_weight);
 };

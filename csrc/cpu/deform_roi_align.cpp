@@ -5,6 +5,7 @@
 #include "../arguments.h"
 #include "deform_roi_align_kernels.h"
 #include "dispatch.h"
+#include "layout.h"
 #include "parallel.h"
 
 DCN_KERNELS(DeformRoIAlignKernels, deform_roi_align_kernels)
@@ -12,28 +13,37 @@ DCN_KERNELS(DeformRoIAlignKernels, deform_roi_align_kernels)
 namespace dcn::cpu {
 namespace {
 
+// Maps of bfloat16 are read and written as they are; arithmetic is float.
+ScalarType stored_type(ScalarType given) { return given == ScalarType::BFloat16 ? given : compute_type(given); }
+
+template <class Run>
+void for_stored_type(ScalarType stored, const Run& run) {
+  if (stored == ScalarType::Double) return run(select_deform_roi_align_kernels<double>().plain);
+  const auto& kernels = select_deform_roi_align_kernels<float>();
+  stored == ScalarType::BFloat16 ? run(kernels.bfloat16) : run(kernels.plain);
+}
+
 Tensor forward(const Tensor& input, const Tensor& rois, const std::optional<Tensor>& offset,
                const std::optional<Tensor>& mask, IntList output_size, double spatial_scale, int64_t sampling_ratio,
                double gamma) {
   const auto shape = checked_shape(input, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma);
-  const ScalarType type = compute_type(input.scalar_type());
+  const ScalarType given = input.scalar_type(), compute = compute_type(given);
+  const ScalarType stored = stored_type(given);
   const bool channels_last = prefers_channels_last(input);
   const Tensor output =
-      empty(input, {shape.rois, shape.channels, shape.out_height, shape.out_width}, type, format_of(channels_last));
+      empty(input, {shape.rois, shape.channels, shape.out_height, shape.out_width}, stored, format_of(channels_last));
   if (shape.rois > 0) {
-    const auto run = [&]<class T>(T) {
-      const Tensor map = as(input, type, MemoryFormat::ChannelsLast), boxes = as(rois, type);
-      const auto offsets = as(offset, type), masks = as(mask, type);
+    for_stored_type(stored, [&]<class T, class Element>(const RoIFunctions<T, Element>& kernels) {
+      const Tensor map = as_channels_last(input, stored), boxes = as(rois, compute);
+      const auto offsets = as(offset, compute), masks = as(mask, compute);
       check_batch_indices(data<T>(boxes), shape.rois, shape.batch);
-      const auto& kernels = select_deform_roi_align_kernels<T>();
-      const RoIForward<T> args{shape,          data<T>(map),    data<T>(boxes), data<T>(offsets),
-                               data<T>(masks), data<T>(output), channels_last};
+      const RoIForward<T, Element> args{shape,          data<Element>(map),    data<T>(boxes), data<T>(offsets),
+                                        data<T>(masks), data<Element>(output), channels_last};
       parallel_tasks(shape.rois, kernels.scratch_bytes(shape),
                      [&](int64_t roi, void* scratch) { kernels.forward(args, roi, scratch); });
-    };
-    type == ScalarType::Double ? run(double()) : run(float());
+    });
   }
-  return type == input.scalar_type() ? output : torch::stable::to(output, input.scalar_type());
+  return stored == given ? output : torch::stable::to(output, given);
 }
 
 // Adds the slabs' partial sums, in order.
@@ -60,29 +70,28 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
   check_like_input(grad_output, input, "grad_output");
   check_shape(sizes(grad_output), {shape.rois, shape.channels, shape.out_height, shape.out_width}, "grad_output",
               "(K, C, output height, output width)");
-  const ScalarType type = compute_type(input.scalar_type());
+  const ScalarType type = compute_type(input.scalar_type()), stored = stored_type(input.scalar_type());
   // One pass over the samples gives all gradients.
   const auto grad_input = zeroed(make_gradient(true, input, type, MemoryFormat::ChannelsLast));
   const auto grad_offset = zeroed(make_gradient(need_sampling, offset, type));
   const auto grad_mask = zeroed(make_gradient(need_sampling, mask, type));
   if (shape.rois > 0) {
-    const auto run = [&]<class T>(T) {
-      const Tensor map = as(input, type, MemoryFormat::ChannelsLast), boxes = as(rois, type);
-      const Tensor grad = as(grad_output, type, MemoryFormat::ChannelsLast);
+    for_stored_type(stored, [&]<class T, class Element>(const RoIFunctions<T, Element>& kernels) {
+      const Tensor map = as_channels_last(input, stored), boxes = as(rois, type);
+      const Tensor grad = as_channels_last(grad_output, stored);
       const auto offsets = as(offset, type), masks = as(mask, type);
       check_batch_indices(data<T>(boxes), shape.rois, shape.batch);
-      const auto& kernels = select_deform_roi_align_kernels<T>();
       const int64_t slabs = divide_up(shape.channels, kRoISlabChannels);
       const Tensor partials = empty(input, {slabs * shape.rois * 3 * shape.bins()}, type);
-      const RoIBackward<T> args{shape,          data<T>(grad),       data<T>(map),     data<T>(boxes), data<T>(offsets),
-                                data<T>(masks), data<T>(grad_input), data<T>(partials)};
+      const RoIBackward<T, Element> args{
+          shape,          data<Element>(grad), data<Element>(map), data<T>(boxes), data<T>(offsets),
+          data<T>(masks), data<T>(grad_input), data<T>(partials)};
       parallel_tasks(slabs * shape.batch, kernels.scratch_bytes(shape),
                      [&](int64_t task, void* scratch) { kernels.backward(args, task % slabs, task / slabs, scratch); });
       if (need_sampling) reduce_sampling(shape, slabs, data<T>(partials), data<T>(grad_offset), data<T>(grad_mask));
-    };
-    type == ScalarType::Double ? run(double()) : run(float());
+    });
   }
-  return {finished(need_input ? grad_input : std::nullopt, input, format_of(input)), finished(grad_offset, input),
+  return {finished_map(need_input ? grad_input : std::nullopt, input), finished(grad_offset, input),
           finished(grad_mask, input)};
 }
 

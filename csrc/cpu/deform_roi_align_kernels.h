@@ -8,27 +8,29 @@
 // So nothing is atomic and results do not depend on the number of threads.
 #pragma once
 #include "../deform_roi_align_shape.h"
+#include "bfloat16.h"
 
 namespace dcn::cpu {
 
 constexpr int64_t kRoISlabChannels = 64;  // in the backward; a multiple of every vector's lanes
 
-template <class T>
+// T is the type of arithmetic, Element the type in which maps are stored.
+template <class T, class Element>
 struct RoIForward {
   const DeformRoIAlignShape& shape;
-  const T* input;   // (N, H, W, C)
-  const T* rois;    // (K, 5)
-  const T* offset;  // (K, 2, oh, ow), x first, or null
-  const T* mask;    // (K, 1, oh, ow), or null
-  T* output;        // (K, oh * ow, C) if channels_last, else (K, C, oh * ow)
+  const Element* input;  // (N, H, W, C)
+  const T* rois;         // (K, 5)
+  const T* offset;       // (K, 2, oh, ow), x first, or null
+  const T* mask;         // (K, 1, oh, ow), or null
+  Element* output;       // (K, oh * ow, C) if channels_last, else (K, C, oh * ow)
   bool channels_last;
 };
 
-template <class T>
+template <class T, class Element>
 struct RoIBackward {
   const DeformRoIAlignShape& shape;
-  const T* grad_output;  // (K, oh * ow, C)
-  const T* input;        // as above
+  const Element* grad_output;  // (K, oh * ow, C)
+  const Element* input;        // as above
   const T* rois;
   const T* offset;
   const T* mask;
@@ -36,11 +38,18 @@ struct RoIBackward {
   T* grad_sampling;  // (slabs, K, 3, oh * ow): partial sums of d/d offset x, d/d offset y, d/d mask
 };
 
+template <class T, class Element>
+struct RoIFunctions {
+  int64_t (*scratch_bytes)(const DeformRoIAlignShape&);
+  void (*forward)(const RoIForward<T, Element>&, int64_t roi, void* scratch);
+  void (*backward)(const RoIBackward<T, Element>&, int64_t slab, int64_t image, void* scratch);
+};
+
+// The functions of one instruction set.
 template <class T>
 struct DeformRoIAlignKernels {
-  int64_t (*scratch_bytes)(const DeformRoIAlignShape&);
-  void (*forward)(const RoIForward<T>&, int64_t roi, void* scratch);
-  void (*backward)(const RoIBackward<T>&, int64_t slab, int64_t image, void* scratch);
+  RoIFunctions<T, T> plain;
+  RoIFunctions<T, Bfloat16> bfloat16;  // null but beside float
 };
 
 }  // namespace dcn::cpu

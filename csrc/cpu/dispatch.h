@@ -3,16 +3,20 @@
 
 namespace dcn::cpu {
 
-enum class Isa { portable, avx2, avx512 };
+enum class Isa { portable, avx2, avx512, avx512bf16 };
 
-// The widest set of this processor, unless the environment variable DCN_PLUGIN_CPU_ISA is "portable", "avx2" or
-// "avx512".
+// The widest set of this processor, unless the environment variable DCN_PLUGIN_CPU_ISA is "portable", "avx2",
+// "avx512" or "avx512bf16".
 Isa isa();
 
 }  // namespace dcn::cpu
 
 #if defined(__x86_64__)
-#define DCN_SELECT(CALL) (isa() == Isa::avx512 ? avx512::CALL : isa() == Isa::avx2 ? avx2::CALL : portable::CALL)
+#define DCN_SELECT(CALL)                       \
+  (isa() == Isa::avx512bf16 ? avx512bf16::CALL \
+   : isa() == Isa::avx512   ? avx512::CALL     \
+   : isa() == Isa::avx2     ? avx2::CALL       \
+                            : portable::CALL)
 #else
 #define DCN_SELECT(CALL) portable::CALL
 #endif
@@ -29,6 +33,10 @@ Isa isa();
   TABLE<T> NAME();                                       \
   }                                                      \
   namespace avx512 {                                     \
+  template <class T>                                     \
+  TABLE<T> NAME();                                       \
+  }                                                      \
+  namespace avx512bf16 {                                 \
   template <class T>                                     \
   TABLE<T> NAME();                                       \
   }                                                      \

@@ -57,6 +57,12 @@ int64_t in_pairs(int64_t row, int64_t column, int64_t rows) {
   return (column / L * rows + row / 2 * 2) * L + column % L * 2 + row % 2;
 }
 
+// The same in blocks.
+template <class T>
+int64_t in_block_pairs(int64_t row, int64_t column, int64_t panels) {
+  return row / kRowBlock * panels * kRowBlock * kLanes<T> + in_pairs<T>(row % kRowBlock, column, kRowBlock);
+}
+
 // Any order of a sum of `terms` products is this near to the exact one: terms * epsilon * the sum of their magnitudes.
 template <class T>
 void expect(T found, double exact, double magnitude, int64_t terms, const char* what, int64_t row, int64_t column) {
@@ -105,34 +111,38 @@ void test_multiply(int64_t rows, int64_t depth, int64_t columns, int64_t first, 
 }
 
 // C[rows, columns] += transpose(A[depth, rows]) B[depth, columns], C being rows from `first` on of one that is taller.
-template <class T>
+template <class T, class Element>
 void test_multiply_transposed(int64_t rows, int64_t depth, int64_t columns, int64_t first) {
   constexpr int L = kLanes<T>;
   const int64_t blocks = round_up(depth, kRowBlock) / kRowBlock, a_panels = round_up(rows, L) / L;
   const int64_t b_panels = round_up(columns, L) / L, c_rows = first + a_panels * L + (first ? 2 * L : 0);
-  std::vector<T> a(blocks * a_panels * kRowBlock * L), b(blocks * b_panels * kRowBlock * L), c(c_rows * b_panels * L);
-  const auto a_at = [&](int64_t k, int64_t r) { return in_blocks<T>(k, r, a_panels); };
-  const auto b_at = [&](int64_t k, int64_t n) { return in_blocks<T>(k, n, b_panels); };
+  std::vector<Element> a(blocks * a_panels * kRowBlock * L), b(blocks * b_panels * kRowBlock * L);
+  std::vector<T> c(c_rows * b_panels * L);
+  const auto at = [](int64_t k, int64_t n, int64_t panels) {
+    return sizeof(Element) == sizeof(T) ? in_blocks<T>(k, n, panels) : in_block_pairs<T>(k, n, panels);
+  };
+  const auto a_at = [&](int64_t k, int64_t r) { return at(k, r, a_panels); };
+  const auto b_at = [&](int64_t k, int64_t n) { return at(k, n, b_panels); };
   for (int64_t k = 0; k < depth; ++k) {
-    for (int64_t r = 0; r < rows; ++r) a[a_at(k, r)] = random_value();
-    for (int64_t n = 0; n < columns; ++n) b[b_at(k, n)] = random_value();
+    for (int64_t r = 0; r < rows; ++r) assign(a[a_at(k, r)], random_value());
+    for (int64_t n = 0; n < columns; ++n) assign(b[b_at(k, n)], random_value());
   }
   for (auto& x : c) x = random_value();
   const std::vector<T> before = c;
 
-  multiply_transposed<T>({c.data() + first * L, c_rows}, {a.data(), a_panels}, {b.data(), b_panels}, blocks);
+  multiply_transposed<T, Element>({c.data() + first * L, c_rows}, {a.data(), a_panels}, {b.data(), b_panels}, blocks);
 
   for (int64_t r = 0; r < c_rows; ++r)
     for (int64_t n = 0; n < b_panels * L; ++n) {
-      const int64_t at = in_panels<T>(r, n, c_rows), row = r - first;
-      double sum = before[at], magnitude = std::fabs(sum);
+      const int64_t index = in_panels<T>(r, n, c_rows), row = r - first;
+      double sum = before[index], magnitude = std::fabs(sum);
       if (row >= 0 && row < a_panels * L)  // the others keep what they had
         for (int64_t k = 0; k < depth; ++k) {
-          const double product = double(a[a_at(k, row)]) * b[b_at(k, n)];
+          const double product = value(a[a_at(k, row)]) * value(b[b_at(k, n)]);
           sum += product;
           magnitude += std::fabs(product);
         }
-      expect(c[at], sum, magnitude, depth, "multiply_transposed", r, n);
+      expect(c[index], sum, magnitude, depth, "multiply_transposed", r, n);
     }
 }
 
@@ -144,10 +154,10 @@ void test(const char* name) {
       for (int64_t columns : {1, 15, 16, 17, 40})
         for (int64_t first : {0, 16}) {
           for (bool accumulate : {false, true}) test_multiply<T, Element>(rows, depth, columns, first, accumulate);
-          if constexpr (sizeof(Element) == sizeof(T)) test_multiply_transposed<T>(rows, depth, columns, first);
+          test_multiply_transposed<T, Element>(rows, depth, columns, first);
         }
   test_multiply<T, Element>(192, 576, 128, 0, true);  // as the convolution's tiles are
-  if constexpr (sizeof(Element) == sizeof(T)) test_multiply_transposed<T>(576, 192, 128, 0);
+  test_multiply_transposed<T, Element>(576, 192, 128, 0);
   std::printf("%s\n", name);
 }
 
@@ -156,7 +166,7 @@ void test(const char* name) {
 int main() {
   test<float, float>("float");
   test<double, double>("double");
-#if DCN_BFLOAT16_PRODUCT
-  if (__builtin_cpu_supports("avx512bf16")) test<float, Bfloat16>("bfloat16");
+#if defined(__AVX512BF16__)
+  test<float, Bfloat16>("bfloat16");
 #endif
 }

@@ -24,7 +24,8 @@ OLDEST_TORCH = f"{int(TARGET[1], 16)}.{int(TARGET[2], 16)}.0"
 
 def processor_has():
     info = Path("/proc/cpuinfo")
-    return set(info.read_text().split()) if info.exists() else set()
+    flags = set(info.read_text().split()) if info.exists() else set()
+    return flags | {flag.replace("_", "") for flag in flags}  # as compilers write them, such as avx512bf16
 
 
 def run_all(commands):

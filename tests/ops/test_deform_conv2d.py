@@ -184,6 +184,18 @@ def test_backward_repeats_bit_for_bit_with_any_number_of_threads(case):
         assert all(torch.equal(gradients[name], results[0][1][name]) for name in gradients)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_both_memory_formats_give_the_same_bits(dtype):
+    """On a map that fills blocks of every vector length, and leaves a rest in both directions."""
+    case = replace(BASE, channels=70, out_channels=35, size=(9, 23))
+    tensors = case.make(dtype)
+    last = tensors | dict(input=tensors["input"].contiguous(memory_format=torch.channels_last))
+    output, gradients = run(deform_conv2d, tensors, **case.options)
+    other, other_gradients = run(deform_conv2d, last, **case.options)
+    assert torch.equal(output, other)
+    assert all(torch.equal(gradients[name], other_gradients[name]) for name in gradients)
+
+
 def test_opcheck(device):
     for case, layout in ((BASE, torch.channels_last), (replace(BASE, mask=False, bias=False), torch.contiguous_format)):
         t = case.make(torch.float32, device, layout)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-SELECTION = "test_equals_reference and not 130 and not 300 or sizes_equal_reference or mmcv or repeats"
+SELECTION = "test_equals_reference and not 130 and not 300 or sizes_equal_reference or mmcv or repeats or same_bits"
 
 
 def flags():
@@ -20,7 +20,9 @@ def environment(name):
     return {**os.environ, "DCN_PLUGIN_CPU_ISA": name}
 
 
-@pytest.mark.parametrize(("name", "needs"), [("portable", None), ("avx2", "avx2"), ("avx512", "avx512dq")])
+@pytest.mark.parametrize(
+    ("name", "needs"), [("portable", None), ("avx2", "avx2"), ("avx512", "avx512dq"), ("avx512bf16", "avx512_bf16")]
+)
 def test_instruction_set(name, needs):
     if needs and needs not in flags():
         pytest.skip(f"this processor does not have {name}")
@@ -35,4 +37,4 @@ def test_unknown_instruction_set_is_an_error():
     program = "import torch; from dcn_plugin.ops import deform_conv2d as f; z = torch.zeros; "
     program += "f(z(1, 1, 1, 1), z(1, 2, 1, 1), z(1, 1, 1, 1))"
     result = subprocess.run([sys.executable, "-c", program], env=environment("sse9"), capture_output=True, text=True)
-    assert "DCN_PLUGIN_CPU_ISA must be portable, avx2 or avx512, got sse9" in result.stderr
+    assert "DCN_PLUGIN_CPU_ISA must be portable, avx2, avx512 or avx512bf16, got sse9" in result.stderr

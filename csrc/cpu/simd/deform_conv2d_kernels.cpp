@@ -5,6 +5,7 @@
 #include "arena.h"
 #include "gemm.h"
 #include "sample_table.h"
+#include "transpose.h"
 #include "weights.h"
 
 namespace dcn::cpu {
@@ -16,24 +17,31 @@ template <class T, class Element = T>
 struct Scratch {
   Scratch(const Plan& plan, bool backward, Arena arena) : table(plan.shape.taps(), plan.tile_rows, backward, arena) {
     const int64_t rows = plan.tile_rows, depth = plan.depthwise ? 0 : plan.shape.taps() * plan.max_padded;
+    const int64_t out_size = rows * plan.out_panels * kLanes<T>;
     columns = arena.allocate<Element>(rows * depth);
-    out = arena.allocate<T>(rows * plan.out_panels * kLanes<T>);
     zeros = arena.allocate<Element>(plan.max_padded);
     if (backward) {
+      grad_out = arena.allocate<Element>(out_size);
+      grad_out_transposed = kInterleaved ? arena.allocate<Element>(out_size) : grad_out;
       grad_columns = arena.allocate<T>(rows * depth);
       unused = arena.allocate<T>(plan.max_padded);
+    } else {
+      out = arena.allocate<T>(out_size);
     }
     bytes = arena.used();
     if (!zeros) return;
     for (int64_t c = 0; c < plan.max_padded; ++c) zeros[c] = Element{};
     for (int64_t c = 0; backward && c < plan.max_padded; ++c) unused[c] = T(0);
   }
+  static constexpr bool kInterleaved = !std::is_same_v<T, Element>;  // rows of transposed operands (gemm.h)
   SampleTable<T> table;
-  Element* columns;           // blocks: rows x (taps * padded channels of a slab)
-  T* out;                     // blocks: rows x output channels of a group (depthwise: a slab), or their gradient
-  Element* zeros;             // a pixel outside the map
-  T* grad_columns = nullptr;  // as columns
-  T* unused = nullptr;        // the gradient of a pixel outside the map
+  Element* columns;             // blocks: rows x (taps * padded channels of a slab); transposed in the backward
+  Element* zeros;               // a pixel outside the map
+  T* out = nullptr;             // forward; blocks: rows x output channels of a group (depthwise: a slab)
+  Element* grad_out = nullptr;  // backward; its gradient
+  Element* grad_out_transposed = nullptr;  // the same as an operand of multiply_transposed
+  T* grad_columns = nullptr;               // as columns
+  T* unused = nullptr;                     // the gradient of a pixel outside the map
   int64_t bytes;
 };
 
@@ -42,9 +50,9 @@ int64_t forward_scratch_bytes(const Plan& plan) {
   return Scratch<T, Element>(plan, false, Arena(nullptr)).bytes;
 }
 
-template <class T>
+template <class T, class Element>
 int64_t backward_scratch_bytes(const Plan& plan) {
-  return Scratch<T>(plan, true, Arena(nullptr)).bytes;
+  return Scratch<T, Element>(plan, true, Arena(nullptr)).bytes;
 }
 
 Tile tile_of(const Plan& plan, int64_t image, int64_t first) {
@@ -74,6 +82,20 @@ void store_output(const ConvForward<T, Element>& args, Tile tile, int64_t first_
         for (int64_t r = 0; r < rows; ++r) store(to + r * out_channels, load(from + r * L) + bias, count);
       } else {
         Element* to = args.output + (tile.image * out_channels + channel) * positions + position;
+        if constexpr (kRowBlock <= L) {
+          if (rows == kRowBlock) {
+            Vec<T> block_rows[L] = {};
+#pragma GCC unroll 16
+            for (int r = 0; r < kRowBlock; ++r) block_rows[r] = load(from + r * L) + bias;
+            transpose_rows<L>(block_rows);
+            for (int64_t lane = 0; lane < count; ++lane) {
+              Element values[L];
+              store(values, block_rows[lane]);
+              __builtin_memcpy(to + lane * positions, values, kRowBlock * sizeof(Element));
+            }
+            continue;
+          }
+        }
         Element row[L];
         for (int64_t r = 0; r < rows; ++r) {
           store(row, load(from + r * L) + bias);
@@ -84,33 +106,54 @@ void store_output(const ConvForward<T, Element>& args, Tile tile, int64_t first_
   });
 }
 
-template <class T>
-void load_grad_output(const ConvBackward<T>& args, Tile tile, int64_t first_channel, int64_t width, Blocks<T> out) {
-  constexpr int L = kLanes<T>;
-  const int64_t out_channels = args.plan.shape.out_channels;
-  const T* from =
-      args.grad_output + (tile.image * args.plan.shape.positions() + tile.first) * out_channels + first_channel;
-  for_each_vector<T>(width, [&](int64_t v, int64_t count) {
-    for (int64_t r = 0; r < tile.blocks() * kRowBlock; ++r)
-      store(out.panel(r / kRowBlock, v) + r % kRowBlock * L,
-            r < tile.rows ? load(from + r * out_channels + v * L, count) : Vec<T>{});
-  });
-}
-
 // Pointer to the vector of channel 0 in a matrix of blocks with `panels` panels for each tap; the vector of channel c,
 // a multiple of lanes, is c * kRowBlock further on.
 template <class T, class Element>
-Element* at_sample(Element* blocks, int64_t row, int64_t tap, int64_t taps, int64_t panels) {
-  return blocks + ((row / kRowBlock * taps + tap) * panels * kRowBlock + row % kRowBlock) * kLanes<T>;
+Element* at_sample(Element* blocks, int64_t block, int64_t row, int64_t tap, int64_t taps, int64_t panels) {
+  return blocks + ((block * taps + tap) * panels * kRowBlock + row) * kLanes<T>;
 }
 
+// A row in the columns of the forward.
 template <class T, class Element>
-void gather_columns(const Plan& plan, const Slab& slab, Tile tile, const Element* map,
-                    const Scratch<T, Element>& scratch) {
-  const int64_t taps = plan.shape.taps();
-  gather(plan.shape, scratch.table, tile, map, scratch.zeros, slab.width, [&](int64_t row, int64_t tap) {
-    Element* to = at_sample<T>(scratch.columns, row, tap, taps, slab.padded / kLanes<T>);
-    return [to](int64_t c, Vec<T> value) { store(to + c * kRowBlock, value); };
+struct ColumnsRow {
+  Element* data;
+  void operator()(int64_t c, Vec<T> value) const { store(data + c * kRowBlock, value); }
+  void operator()(int64_t c, Vec<T> even, Vec<T> odd) const {
+    store_pairs(data + c * kRowBlock, data + (c + kLanes<T>)*kRowBlock, even, odd);
+  }
+};
+
+// A row in an operand of multiply_transposed. Of two that are interleaved the first is written first.
+template <class T>
+struct TransposedRow {
+  TransposedRow(T* data, int64_t /*row*/) : data(data) {}
+  void operator()(int64_t c, Vec<T> value) const { store(data + c * kRowBlock, value); }
+  T* data;
+};
+
+template <>
+struct TransposedRow<Bfloat16> {
+  TransposedRow(Bfloat16* data, int64_t row) : data(data - row % 2 * kLanes<float>), second(row % 2) {}
+  void operator()(int64_t c, Vec<float> value) const { store_half(data + c * kRowBlock, value, second); }
+  Bfloat16* data;
+  uint32_t second;
+};
+
+template <class T, class Element>
+void load_grad_output(const ConvBackward<T, Element>& args, Tile tile, int64_t first_channel, int64_t width,
+                      const Scratch<T, Element>& scratch) {
+  constexpr int L = kLanes<T>;
+  const int64_t out_channels = args.plan.shape.out_channels, panels = args.plan.out_panels;
+  const Element* from =
+      args.grad_output + (tile.image * args.plan.shape.positions() + tile.first) * out_channels + first_channel;
+  for_each_vector<T>(width, [&](int64_t v, int64_t count) {
+    for (int64_t r = 0; r < tile.blocks() * kRowBlock; ++r) {
+      const int64_t block = r / kRowBlock, row = r % kRowBlock, c = v * L;
+      const Vec<T> value = r < tile.rows ? load(from + r * out_channels + c, count) : Vec<T>{};
+      store(at_sample<T>(scratch.grad_out, block, row, 0, 1, panels) + c * kRowBlock, value);
+      if constexpr (Scratch<T, Element>::kInterleaved)
+        TransposedRow<Element>(at_sample<T>(scratch.grad_out_transposed, block, row, 0, 1, panels), row)(c, value);
+    }
   });
 }
 
@@ -119,7 +162,15 @@ void forward_slab(const ConvForward<T, Element>& args, Tile tile, int64_t index,
   const Plan& plan = args.plan;
   const Slab& slab = plan.slabs[index];
   const int64_t depth = plan.shape.taps() * slab.padded;
-  gather_columns(plan, slab, tile, args.input + map_start(plan.shape, tile.image, slab), scratch);
+  const Element* map = args.input + map_start(plan.shape, tile.image, slab);
+  const auto columns_row = [&](int64_t block, int64_t row, int64_t tap) {
+    return ColumnsRow<T, Element>{
+        at_sample<T>(scratch.columns, block, row, tap, plan.shape.taps(), slab.padded / kLanes<T>)};
+  };
+  if constexpr (std::is_same_v<T, Element>)
+    gather(plan.shape, scratch.table, tile, map, scratch.zeros, slab.width, columns_row);
+  else
+    gather_pairs(plan.shape, scratch.table, tile, map, scratch.zeros, slab.width, columns_row);
   const bool begins_group = index == 0 || plan.slabs[index - 1].group != slab.group;
   const bool ends_group = index + 1 == plan.slab_count || plan.slabs[index + 1].group != slab.group;
   multiply<T, Element>({scratch.out, plan.out_panels}, {scratch.columns, depth / kLanes<T>},
@@ -129,20 +180,41 @@ void forward_slab(const ConvForward<T, Element>& args, Tile tile, int64_t index,
                     {scratch.out, plan.out_panels});
 }
 
+// A depthwise convolution: `Vectors` vectors of an output position.
+template <class T, int Vectors>
+void convolve_depthwise(const ConvForward<T, T>& args, const T* map, const T* weight, const Scratch<T>& scratch,
+                        const Slab& slab, int64_t row, int64_t channel, int64_t count, T* to) {
+  constexpr int L = kLanes<T>;
+  Vec<T> sums[Vectors] = {};
+  for (int64_t tap = 0; tap < args.plan.shape.taps(); ++tap) {
+    const Corners<T, T> from(scratch.table, tap * scratch.table.rows + row, map, args.plan.shape.channels,
+                             scratch.zeros);
+    Vec<T> value[Vectors];
+    interpolate<T, Vectors>(value, from, channel, count);
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) sums[v] += load(weight + tap * slab.padded + channel + v * L) * value[v];
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < Vectors; ++v) store(to + (channel + v * L) * kRowBlock, sums[v]);
+}
+
 // One weight for each tap and channel: samples are multiplied while they are gathered, without columns.
 template <class T>
 void forward_depthwise_slab(const ConvForward<T, T>& args, Tile tile, int64_t index, const Scratch<T>& scratch) {
+  constexpr int L = kLanes<T>, kVectors = kVectorRegisters / 4;  // sums, samples and the rest have their registers
   const Slab& slab = args.plan.slabs[index];
-  const int64_t panels = slab.padded / kLanes<T>;
-  gather(args.plan.shape, scratch.table, tile, args.input + map_start(args.plan.shape, tile.image, slab), scratch.zeros,
-         slab.width, [&](int64_t row, int64_t tap) {
-           T* to = at_sample<T>(scratch.out, row, 0, 1, panels);
-           const T* weight = args.packed_weight + slab.weights + tap * slab.padded;
-           return [=](int64_t c, Vec<T> value) {
-             value *= load(weight + c);
-             store(to + c * kRowBlock, tap == 0 ? value : load(to + c * kRowBlock) + value);
-           };
-         });
+  const int64_t panels = slab.padded / L;
+  const T* map = args.input + map_start(args.plan.shape, tile.image, slab);
+  const T* weight = args.packed_weight + slab.weights;
+  for (int64_t row = 0; row < tile.rows; ++row) {
+    T* to = at_sample<T>(scratch.out, row / kRowBlock, row % kRowBlock, 0, 1, panels);
+    int64_t c = 0;
+    for (; c + kVectors * L <= slab.width; c += kVectors * L)
+      convolve_depthwise<T, kVectors>(args, map, weight, scratch, slab, row, c, L, to);
+    for_each_vector<T>(slab.width - c, [&](int64_t v, int64_t count) {
+      convolve_depthwise<T, 1>(args, map, weight, scratch, slab, row, c + v * L, count, to);
+    });
+  }
   store_output<T>(args, tile, slab.channel, slab.width, {scratch.out, panels});
 }
 
@@ -165,42 +237,45 @@ void forward(const ConvForward<T, Element>& args, int64_t index, void* memory) {
   }
 }
 
-template <class T>
-void backward_slab(const ConvBackward<T>& args, Tile tile, const Slab& slab, T* grad_sampling, T* grad_weight,
-                   const Scratch<T>& scratch) {
+template <class T, class Element>
+void backward_slab(const ConvBackward<T, Element>& args, Tile tile, const Slab& slab, T* grad_sampling, T* grad_weight,
+                   const Scratch<T, Element>& scratch) {
   constexpr int L = kLanes<T>;
   const Plan& plan = args.plan;
-  const int64_t taps = plan.shape.taps(), depth = taps * slab.padded;
+  const int64_t taps = plan.shape.taps(), panels = slab.padded / L, depth = taps * slab.padded;
   const int64_t start = map_start(plan.shape, tile.image, slab);
-  const Blocks<const T> grad_out{scratch.out, plan.out_panels};
-  load_grad_output<T>(args, tile, slab.group * plan.group_out_channels, plan.group_out_channels,
-                      {scratch.out, plan.out_panels});
+  load_grad_output(args, tile, slab.group * plan.group_out_channels, plan.group_out_channels, scratch);
+  const auto columns_row = [&](int64_t block, int64_t row, int64_t tap) {
+    return TransposedRow<Element>(at_sample<T>(scratch.columns, block, row, tap, taps, panels), row);
+  };
   if (args.packed_weight) {
-    multiply<T, T>({scratch.grad_columns, depth / L}, grad_out,
-                   {args.packed_weight + slab.weights, plan.out_panels * L}, tile.blocks(), false);
+    multiply<T, Element>({scratch.grad_columns, depth / L}, {scratch.grad_out, plan.out_panels},
+                         {args.packed_weight + slab.weights, plan.out_panels * L}, tile.blocks(), false);
     scatter(plan.shape, scratch.table, tile, args.input + start, args.grad_input + start, scratch.zeros, scratch.unused,
-            slab.width, grad_sampling, [&](int64_t row, int64_t tap) {
-              T* columns = at_sample<T>(scratch.columns, row, tap, taps, slab.padded / L);
-              const T* grad_columns = at_sample<T>(scratch.grad_columns, row, tap, taps, slab.padded / L);
+            slab.width, grad_sampling, [&](int64_t block, int64_t row, int64_t tap) {
+              const auto columns = columns_row(block, row, tap);
+              const T* grad_columns = at_sample<T>(scratch.grad_columns, block, row, tap, taps, panels);
               return [=](int64_t c, Vec<T> value) {
-                store(columns + c * kRowBlock, value);
+                columns(c, value);
                 return load(grad_columns + c * kRowBlock);
               };
             });
   } else {
-    gather_columns(plan, slab, tile, args.input + start, scratch);
+    gather(plan.shape, scratch.table, tile, args.input + start, scratch.zeros, slab.width, columns_row);
   }
-  if (grad_weight) multiply_transposed<T>({grad_weight, depth}, {scratch.columns, depth / L}, grad_out, tile.blocks());
+  if (grad_weight)
+    multiply_transposed<T, Element>({grad_weight, depth}, {scratch.columns, depth / L},
+                                    {scratch.grad_out_transposed, plan.out_panels}, tile.blocks());
 }
 
 template <class T>
-void backward_depthwise_slab(const ConvBackward<T>& args, Tile tile, const Slab& slab, T* grad_sampling, T* grad_weight,
-                             const Scratch<T>& scratch) {
-  const int64_t panels = slab.padded / kLanes<T>;
+void backward_depthwise_slab(const ConvBackward<T, T>& args, Tile tile, const Slab& slab, T* grad_sampling,
+                             T* grad_weight, const Scratch<T>& scratch) {
+  const int64_t panels = args.plan.out_panels;
   const int64_t start = map_start(args.plan.shape, tile.image, slab);
-  load_grad_output<T>(args, tile, slab.channel, slab.width, {scratch.out, panels});
-  const auto add_to_weight = [&](int64_t row, int64_t tap) {
-    const T* grad_out = at_sample<T>(scratch.out, row, 0, 1, panels);
+  load_grad_output(args, tile, slab.channel, slab.width, scratch);
+  const auto add_to_weight = [&](int64_t block, int64_t row, int64_t tap) {
+    const T* grad_out = at_sample<T>(scratch.grad_out, block, row, 0, 1, panels);
     T* sums = grad_weight + tap * slab.padded;
     return [=](int64_t c, Vec<T> value) {
       if (grad_weight) store(sums + c, load(sums + c) + value * load(grad_out + c * kRowBlock));
@@ -208,9 +283,9 @@ void backward_depthwise_slab(const ConvBackward<T>& args, Tile tile, const Slab&
   };
   if (args.packed_weight) {
     scatter(args.plan.shape, scratch.table, tile, args.input + start, args.grad_input + start, scratch.zeros,
-            scratch.unused, slab.width, grad_sampling, [&](int64_t row, int64_t tap) {
-              const auto add = add_to_weight(row, tap);
-              const T* grad_out = at_sample<T>(scratch.out, row, 0, 1, panels);
+            scratch.unused, slab.width, grad_sampling, [&](int64_t block, int64_t row, int64_t tap) {
+              const auto add = add_to_weight(block, row, tap);
+              const T* grad_out = at_sample<T>(scratch.grad_out, block, row, 0, 1, panels);
               const T* weight = args.packed_weight + slab.weights + tap * slab.padded;
               return [=](int64_t c, Vec<T> value) {
                 add(c, value);
@@ -222,12 +297,12 @@ void backward_depthwise_slab(const ConvBackward<T>& args, Tile tile, const Slab&
   }
 }
 
-template <class T>
-void backward(const ConvBackward<T>& args, int64_t index, int64_t image_group, void* memory) {
+template <class T, class Element>
+void backward(const ConvBackward<T, Element>& args, int64_t index, int64_t image_group, void* memory) {
   const Plan& plan = args.plan;
   const DeformConv2dShape& s = plan.shape;
   const Slab& slab = plan.slabs[index];
-  const Scratch<T> scratch(plan, true, Arena(memory));
+  const Scratch<T, Element> scratch(plan, true, Arena(memory));
   T* grad_weight = args.grad_weight ? args.grad_weight + image_group * plan.packed_weight + slab.weights : nullptr;
   const int64_t last_image = (image_group + 1) * s.batch / plan.image_groups;
   for (int64_t image = image_group * s.batch / plan.image_groups; image < last_image; ++image) {
@@ -237,8 +312,13 @@ void backward(const ConvBackward<T>& args, int64_t index, int64_t image_group, v
                              ? args.grad_sampling + (index * s.batch + image) * 3 * s.taps() * s.positions() + first
                              : nullptr;
       locate(s, args.offset, args.mask, slab.deform_group, tile, scratch.table);
-      const auto run = plan.depthwise ? backward_depthwise_slab<T> : backward_slab<T>;
-      run(args, tile, slab, grad_sampling, grad_weight, scratch);
+      if constexpr (std::is_same_v<T, Element>) {
+        if (plan.depthwise) {
+          backward_depthwise_slab(args, tile, slab, grad_sampling, grad_weight, scratch);
+          continue;
+        }
+      }
+      backward_slab(args, tile, slab, grad_sampling, grad_weight, scratch);
     }
   }
 }
@@ -266,15 +346,15 @@ DeformConv2dKernels<T> deform_conv2d_kernels() {
   DeformConv2dKernels<T> kernels{kLanes<T>,
                                  kRowBlock,
                                  {forward_scratch_bytes<T, T>, pack<T>, forward<T, T>},
+                                 {backward_scratch_bytes<T, T>, pack_transposed<T>, backward<T, T>},
                                  {},
-                                 backward_scratch_bytes<T>,
-                                 pack_transposed<T>,
-                                 backward<T>,
+                                 {},
                                  unpack<T>};
-#if DCN_BFLOAT16_PRODUCT
-  if constexpr (std::is_same_v<T, float>)
-    if (__builtin_cpu_supports("avx512bf16"))
-      kernels.bfloat16_forward = {forward_scratch_bytes<T, Bfloat16>, pack_weight, forward<T, Bfloat16>};
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, float>) {
+    kernels.bfloat16_forward = {forward_scratch_bytes<T, Bfloat16>, pack_weight, forward<T, Bfloat16>};
+    kernels.bfloat16_backward = {backward_scratch_bytes<T, Bfloat16>, pack_weight_transposed, backward<T, Bfloat16>};
+  }
 #endif
   return kernels;
 }

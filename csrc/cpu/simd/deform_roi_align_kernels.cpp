@@ -1,5 +1,7 @@
 #include "../deform_roi_align_kernels.h"
 
+#include <type_traits>
+
 #include "arena.h"
 #include "vec.h"
 
@@ -15,23 +17,23 @@ struct AxisWeights {
   int32_t begin, end;
 };
 
-template <class T>
+template <class T, class Element>
 struct Scratch {
   Scratch(const DeformRoIAlignShape& s, Arena arena) {
     y_storage[0] = arena.allocate<T>(s.height), y_storage[1] = arena.allocate<T>(s.height);
     x_storage[0] = arena.allocate<T>(s.width), x_storage[1] = arena.allocate<T>(s.width);
-    bins = arena.allocate<T>(s.bins() * s.channels);
+    bins = arena.allocate<Element>(s.bins() * s.channels);
     bytes = arena.used();
   }
   T* y_storage[2];
   T* x_storage[2];
-  T* bins;  // forward: (oh * ow, C)
+  Element* bins;  // forward: (oh * ow, C)
   int64_t bytes;
 };
 
-template <class T>
+template <class T, class Element>
 int64_t scratch_bytes(const DeformRoIAlignShape& s) {
-  return Scratch<T>(s, Arena(nullptr)).bytes;
+  return Scratch<T, Element>(s, Arena(nullptr)).bytes;
 }
 
 template <class T>
@@ -81,59 +83,55 @@ struct RoI {
   const T* mask;
 };
 
-// out[0 .. Vectors) = sum over the bin's pixels of scale * weight * map, for `Vectors` vectors of channels.
-template <class T, int Vectors>
-inline void pool(const DeformRoIAlignShape& s, const AxisWeights<T>& y, const AxisWeights<T>& x, const T* map, T scale,
-                 T* out) {
+// out[0 .. Vectors) = sum over the bin's pixels of scale * weight * map, for `Vectors` vectors of channels, or for one
+// of `count` channels.
+template <class T, int Vectors, class Element>
+inline void pool(const DeformRoIAlignShape& s, const AxisWeights<T>& y, const AxisWeights<T>& x, const Element* map,
+                 T scale, Element* out, int64_t count = kLanes<T>) {
   constexpr int L = kLanes<T>;
   Vec<T> sums[Vectors] = {};
   for (int32_t row = y.begin; row < y.end; ++row) {
     for (int32_t column = x.begin; column < x.end; ++column) {
       const T weight = scale * y.weight[row] * x.weight[column];
-      const T* pixel = map + (row * s.width + column) * s.channels;
+      const Element* pixel = map + (row * s.width + column) * s.channels;
 #pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) sums[v] += weight * load(pixel + v * L);
+      for (int v = 0; v < Vectors; ++v) sums[v] += weight * load(pixel + v * L, count);
     }
   }
 #pragma GCC unroll 4
-  for (int v = 0; v < Vectors; ++v) store(out + v * L, sums[v]);
+  for (int v = 0; v < Vectors; ++v) store(out + v * L, sums[v], count);
 }
 
-template <class T>
-void forward(const RoIForward<T>& args, int64_t index, void* memory) {
+template <class T, class Element>
+void forward(const RoIForward<T, Element>& args, int64_t index, void* memory) {
   constexpr int L = kLanes<T>;
   const DeformRoIAlignShape& s = args.shape;
-  const Scratch<T> scratch(s, Arena(memory));
+  const Scratch<T, Element> scratch(s, Arena(memory));
   const RoI<T> roi(s, args.rois + index * 5, args.offset, args.mask, index);
-  const T* map = args.input + roi.image * s.height * s.width * s.channels;
-  T* output = args.output + index * s.bins() * s.channels;
-  T* bins = args.channels_last ? output : scratch.bins;
+  const Element* map = args.input + roi.image * s.height * s.width * s.channels;
+  Element* output = args.output + index * s.bins() * s.channels;
+  Element* bins = args.channels_last ? output : scratch.bins;
   for (int64_t bin = 0; bin < s.bins(); ++bin) {
     const auto y = weigh(roi.y, bin / s.out_width, roi.shift_y(bin), static_cast<int32_t>(s.height), scratch.y_storage);
     const auto x = weigh(roi.x, bin % s.out_width, roi.shift_x(bin), static_cast<int32_t>(s.width), scratch.x_storage);
     const T scale = roi.mask_of(bin) * roi.inverse_count;
-    T* out = bins + bin * s.channels;
+    Element* out = bins + bin * s.channels;
     int64_t c = 0;
     for (; c + 4 * L <= s.channels; c += 4 * L) pool<T, 4>(s, y, x, map + c, scale, out + c);
-    for (; c + L <= s.channels; c += L) pool<T, 1>(s, y, x, map + c, scale, out + c);
-    for (; c < s.channels; ++c) {
-      T total = T(0);
-      for (int32_t row = y.begin; row < y.end; ++row)
-        for (int32_t column = x.begin; column < x.end; ++column)
-          total += scale * y.weight[row] * x.weight[column] * map[(row * s.width + column) * s.channels + c];
-      out[c] = total;
-    }
+    for_each_vector<T>(s.channels - c, [&](int64_t v, int64_t count) {
+      pool<T, 1>(s, y, x, map + c + v * L, scale, out + c + v * L, count);
+    });
   }
   if (!args.channels_last)
     for (int64_t c = 0; c < s.channels; ++c)
       for (int64_t bin = 0; bin < s.bins(); ++bin) output[c * s.bins() + bin] = bins[bin * s.channels + c];
 }
 
-template <class T>
-void backward(const RoIBackward<T>& args, int64_t slab, int64_t image, void* memory) {
+template <class T, class Element>
+void backward(const RoIBackward<T, Element>& args, int64_t slab, int64_t image, void* memory) {
   constexpr int L = kLanes<T>;
   const DeformRoIAlignShape& s = args.shape;
-  const Scratch<T> scratch(s, Arena(memory));
+  const Scratch<T, Element> scratch(s, Arena(memory));
   const int64_t channel = slab * kRoISlabChannels, width = lesser(kRoISlabChannels, s.channels - channel);
   const int64_t map_start = image * s.height * s.width * s.channels + channel;
   for (int64_t index = 0; index < s.rois; ++index) {
@@ -146,26 +144,22 @@ void backward(const RoIBackward<T>& args, int64_t slab, int64_t image, void* mem
       const auto x =
           weigh(roi.x, bin % s.out_width, roi.shift_x(bin), static_cast<int32_t>(s.width), scratch.x_storage);
       const T mask = roi.mask_of(bin);
-      const T* grad = args.grad_output + (index * s.bins() + bin) * s.channels + channel;
+      const Element* grad = args.grad_output + (index * s.bins() + bin) * s.channels + channel;
       T sum_y = T(0), sum_x = T(0), sum_mask = T(0);
       for (int32_t row = y.begin; row < y.end; ++row) {
         for (int32_t column = x.begin; column < x.end; ++column) {
           const int64_t pixel = map_start + (row * s.width + column) * s.channels;
           const T weight = y.weight[row] * x.weight[column] * roi.inverse_count;
-          const T* value = args.input + pixel;
+          const Element* value = args.input + pixel;
           T* grad_pixel = args.grad_input + pixel;
           Vec<T> dots = {};
-          int64_t c = 0;
-          for (; c + L <= width; c += L) {
-            const Vec<T> g = load(grad + c);
-            dots += g * load(value + c);
-            store(grad_pixel + c, load(grad_pixel + c) + weight * mask * g);
-          }
-          T dot = sum<T>(dots);
-          for (; c < width; ++c) {
-            dot += grad[c] * value[c];
-            grad_pixel[c] += weight * mask * grad[c];
-          }
+          for_each_vector<T>(width, [&](int64_t v, int64_t count) {
+            const int64_t c = v * L;
+            const Vec<T> g = load(grad + c, count);
+            dots += g * load(value + c, count);
+            store(grad_pixel + c, load(grad_pixel + c, count) + weight * mask * g, count);
+          });
+          const T dot = sum<T>(dots);
           sum_y += y.slope[row] * x.weight[column] * dot;
           sum_x += y.weight[row] * x.slope[column] * dot;
           sum_mask += weight * dot;
@@ -182,7 +176,10 @@ void backward(const RoIBackward<T>& args, int64_t slab, int64_t image, void* mem
 
 template <class T>
 DeformRoIAlignKernels<T> deform_roi_align_kernels() {
-  return {scratch_bytes<T>, forward<T>, backward<T>};
+  DeformRoIAlignKernels<T> kernels{{scratch_bytes<T, T>, forward<T, T>, backward<T, T>}, {}};
+  if constexpr (std::is_same_v<T, float>)
+    kernels.bfloat16 = {scratch_bytes<T, Bfloat16>, forward<T, Bfloat16>, backward<T, Bfloat16>};
+  return kernels;
 }
 template DeformRoIAlignKernels<float> deform_roi_align_kernels();
 template DeformRoIAlignKernels<double> deform_roi_align_kernels();

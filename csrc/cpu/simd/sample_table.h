@@ -21,7 +21,7 @@ struct SampleTable {
     frac_y = arena.allocate<T>(taps * rows);
     frac_x = arena.allocate<T>(taps * rows);
     mask = arena.allocate<T>(taps * rows);
-    for (auto& d : dot) d = arena.allocate<T>(backward ? taps * rows : 0);
+    dots = arena.allocate<T>(backward ? 4 * taps * rows : 0);
     base_y = arena.allocate<T>(rows);
     base_x = arena.allocate<T>(rows);
   }
@@ -31,7 +31,7 @@ struct SampleTable {
   T* frac_y;
   T* frac_x;
   T* mask;
-  T* dot[4];  // for sampling_gradient
+  T* dots;    // (taps, rows, 4): for sampling_gradient
   T* base_y;  // (rows): the position's top left corner on the input map
   T* base_x;
 };
@@ -85,53 +85,94 @@ template <class T, class Visit>
 static inline void for_each_sample(const SampleTable<T>& table, Tile tile, int64_t taps, Visit visit) {
   for (int64_t block = 0; block < tile.blocks(); ++block)
     for (int64_t tap = 0; tap < taps; ++tap)
-      for (int64_t r = 0; r < kRowBlock; ++r) {
-        const int64_t row = block * kRowBlock + r;
-        visit(tap * table.rows + row, row, tap);
-      }
+      for (int64_t r = 0; r < kRowBlock; ++r) visit(tap * table.rows + block * kRowBlock + r, block, r, tap);
 }
 
-// Pointers to a sample's pixels (to `outside` for those outside the map) and their weights.
+// Pointers to a sample's pixels, to `outside` for those outside the map.
+template <class T, class Element>
+static inline void point(Element* pixel[4], const SampleTable<T>& table, int64_t i, Element* map, int64_t channels,
+                         Element* outside) {
+  const int32_t at[4] = {table.pixel[0][i], table.pixel[1][i], table.pixel[2][i], table.pixel[3][i]};
+  if ((at[0] | at[1] | at[2] | at[3]) >= 0) [[likely]] {
+    for (int k = 0; k < 4; ++k) pixel[k] = map + at[k] * channels;
+  } else {
+    for (int k = 0; k < 4; ++k) pixel[k] = at[k] < 0 ? outside : map + at[k] * channels;
+  }
+}
+
+// A sample's pixels and their weights.
 template <class T, class Element>
 struct Corners {
   Corners(const SampleTable<T>& table, int64_t i, const Element* map, int64_t channels, const Element* outside) {
+    point(value, table, i, map, channels, outside);
 #pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) {
-      value[k] = table.pixel[k][i] < 0 ? outside : map + table.pixel[k][i] * channels;
-      weight[k] = table.weight[k][i];
-    }
+    for (int k = 0; k < 4; ++k) weight[k] = table.weight[k][i];
   }
   const Element* value[4];
   T weight[4];
 };
 
-template <class T, int Vectors, class Element, class Store>
-static inline void interpolate(const Corners<T, Element>& from, int64_t channel, int64_t count, Store& store_value) {
+// mask * bilinear sample of `Vectors` vectors of channels, or of one of `count` channels.
+template <class T, int Vectors, class Element>
+static inline void interpolate(Vec<T> value[Vectors], const Corners<T, Element>& from, int64_t channel,
+                               int64_t count = kLanes<T>) {
   constexpr int L = kLanes<T>;
-  Vec<T> value[Vectors];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int v = 0; v < Vectors; ++v) value[v] = from.weight[0] * load(from.value[0] + channel + v * L, count);
 #pragma GCC unroll 4
   for (int i = 1; i < 4; ++i)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) value[v] += from.weight[i] * load(from.value[i] + channel + v * L, count);
-#pragma GCC unroll 4
-  for (int v = 0; v < Vectors; ++v) store_value(channel + v * L, value[v]);
 }
 
-// im2col: mask * bilinear sample of the `width` channels that start at `map`. target(row, tap) returns a function that
-// takes (channel, vector of values).
+// im2col: mask * bilinear sample of the `width` channels that start at `map`. target(block, row of the block, tap)
+// returns a function that takes (channel, vector of values).
 template <class T, class Element, class Target>
 static inline void gather(const DeformConv2dShape& s, const SampleTable<T>& table, Tile tile, const Element* map,
                           const Element* outside, int64_t width, Target target) {
   constexpr int L = kLanes<T>;
-  for_each_sample(table, tile, s.taps(), [&](int64_t index, int64_t row, int64_t tap) {
+  for_each_sample(table, tile, s.taps(), [&](int64_t index, int64_t block, int64_t row, int64_t tap) {
     const Corners<T, Element> from(table, index, map, s.channels, outside);
-    auto store_value = target(row, tap);
+    const auto store_value = target(block, row, tap);
+    Vec<T> value[4];
     int64_t c = 0;
-    for (; c + 4 * L <= width; c += 4 * L) interpolate<T, 4>(from, c, L, store_value);
-    for (; c + L <= width; c += L) interpolate<T, 1>(from, c, L, store_value);
-    if (c < width) interpolate<T, 1>(from, c, width - c, store_value);
+    for (; c + 4 * L <= width; c += 4 * L) {
+      interpolate<T, 4>(value, from, c);
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) store_value(c + v * L, value[v]);
+    }
+    for_each_vector<T>(width - c, [&](int64_t v, int64_t count) {
+      interpolate<T, 1>(value, from, c + v * L, count);
+      store_value(c + v * L, value[0]);
+    });
+  });
+}
+
+// The same, of two vectors of bfloat16 at a time: their even lanes and their odd ones, which need no shuffle to become
+// float. store_value takes (channel, even lanes, odd lanes) too.
+template <class Target>
+static inline void gather_pairs(const DeformConv2dShape& s, const SampleTable<float>& table, Tile tile,
+                                const Bfloat16* map, const Bfloat16* outside, int64_t width, Target target) {
+  constexpr int L = kLanes<float>;
+  for_each_sample(table, tile, s.taps(), [&](int64_t index, int64_t block, int64_t row, int64_t tap) {
+    const Corners<float, Bfloat16> from(table, index, map, s.channels, outside);
+    const auto store_value = target(block, row, tap);
+    int64_t c = 0;
+    for (; c + 2 * L <= width; c += 2 * L) {
+      Vec<float> even = {}, odd = {};
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const FloatBits both = load_bits(from.value[i] + c);
+        even += from.weight[i] * low_halves(both);
+        odd += from.weight[i] * high_halves(both);
+      }
+      store_value(c, even, odd);
+    }
+    for_each_vector<float>(width - c, [&](int64_t v, int64_t count) {
+      Vec<float> value[1];
+      interpolate<float, 1>(value, from, c + v * L, count);
+      store_value(c + v * L, value[0]);
+    });
   });
 }
 
@@ -148,8 +189,7 @@ static void store_sampling_gradients(const DeformConv2dShape& s, const SampleTab
     for (int64_t r = 0; r < tile.rows; ++r) {
       // Only the weights, without the mask, and the fractions are needed here, not the pixels.
       const auto sample = make_sample<T>({0, 0, from.frac_y[start + r]}, {0, 0, from.frac_x[start + r]}, 0);
-      const T dot[4] = {from.dot[0][start + r], from.dot[1][start + r], from.dot[2][start + r], from.dot[3][start + r]};
-      const auto gradient = sampling_gradient(sample, dot, from.mask[start + r]);
+      const auto gradient = sampling_gradient(sample, from.dots + 4 * (start + r), from.mask[start + r]);
       grad[r] = gradient.y;
       grad[positions + r] = gradient.x;
       grad[2 * positions + r] = gradient.mask;
@@ -158,19 +198,18 @@ static void store_sampling_gradients(const DeformConv2dShape& s, const SampleTab
 }
 
 // col2im: adds to grad_map, and to `unused` for pixels outside the map, and writes grad_sampling as above.
-// source(row, tap) returns a function that takes (channel, vector of the sample's masked values) and returns the
-// gradient of those values; it gets the values to store them, which saves sampling again.
-template <class T, class Source>
-static inline void scatter(const DeformConv2dShape& s, const SampleTable<T>& table, Tile tile, const T* map,
-                           T* grad_map, const T* outside, T* unused, int64_t width, T* grad_sampling, Source source) {
+// source(block, row of the block, tap) returns a function that takes (channel, vector of the sample's masked values)
+// and returns the gradient of those values; it gets the values to store them, which saves sampling again.
+template <class T, class Element, class Source>
+static inline void scatter(const DeformConv2dShape& s, const SampleTable<T>& table, Tile tile, const Element* map,
+                           T* grad_map, const Element* outside, T* unused, int64_t width, T* grad_sampling,
+                           Source source) {
   constexpr int L = kLanes<T>;
-  for_each_sample(table, tile, s.taps(), [&](int64_t index, int64_t row, int64_t tap) {
-    const Corners<T, T> from(table, index, map, s.channels, outside);
+  for_each_sample(table, tile, s.taps(), [&](int64_t index, int64_t block, int64_t row, int64_t tap) {
+    const Corners<T, Element> from(table, index, map, s.channels, outside);
     T* to[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i)
-      to[i] = table.pixel[i][index] < 0 ? unused : grad_map + table.pixel[i][index] * s.channels;
-    auto gradient = source(row, tap);
+    point(to, table, index, grad_map, s.channels, unused);
+    const auto gradient = source(block, row, tap);
     Vec<T> dots[4] = {};
     for_each_vector<T>(width, [&](int64_t v, int64_t count) {
       Vec<T> corner[4];
@@ -184,8 +223,7 @@ static inline void scatter(const DeformConv2dShape& s, const SampleTable<T>& tab
         store(to[i] + v * L, load(to[i] + v * L, count) + from.weight[i] * grad, count);
       }
     });
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) table.dot[i][index] = sum<T>(dots[i]);
+    store_sums<T>(table.dots + 4 * index, dots);
   });
   store_sampling_gradients(s, table, tile, grad_sampling);
 }

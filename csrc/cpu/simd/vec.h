@@ -8,6 +8,10 @@
 
 #include "../bfloat16.h"
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #ifndef DCN_ISA
 #error "DCN_ISA names the instruction set a file of cpu/simd is compiled for"
 #endif
@@ -84,10 +88,29 @@ static inline void for_each_vector(int64_t width, Visit visit) {
 typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint32_t FloatBits __attribute__((vector_size(kVectorBytes)));
 
+// GCC makes five instructions of __builtin_convertvector where the processor has one.
+static inline FloatBits widen(HalfBits v) {
+#if defined(__AVX512F__)
+  return (FloatBits)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v);
+#elif defined(__AVX2__)
+  return (FloatBits)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(v, FloatBits);
+#endif
+}
+
+static inline HalfBits narrow(FloatBits v) {
+#if defined(__AVX512F__)
+  return (HalfBits)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)v);
+#else
+  return __builtin_convertvector(v, HalfBits);
+#endif
+}
+
 static inline Vec<float> load(const Bfloat16* p) {
   HalfBits half;
   __builtin_memcpy(&half, p, sizeof(half));
-  return reinterpret_cast<Vec<float>>(__builtin_convertvector(half, FloatBits) << 16);
+  return reinterpret_cast<Vec<float>>(widen(half) << 16);
 }
 
 // Rounded to bfloat16, in the upper half of each lane; the lower is undefined.
@@ -97,9 +120,46 @@ static inline FloatBits rounded(Vec<float> v) {
   return v == v ? bits + 0x7fff + (bits >> 16 & 1) : quiet_nan;
 }
 
+static inline HalfBits to_bfloat16(Vec<float> v) {
+#if defined(__AVX512BF16__)
+  return (HalfBits)_mm512_cvtneps_pbh((__m512)v);
+#else
+  return narrow(rounded(v) >> 16);
+#endif
+}
+
 static inline void store(Bfloat16* p, Vec<float> v) {
-  const HalfBits half = __builtin_convertvector(rounded(v) >> 16, HalfBits);
+  const HalfBits half = to_bfloat16(v);
   __builtin_memcpy(p, &half, sizeof(half));
+}
+
+// Two vectors of bfloat16 as pairs of a lane's low and high halves, and each half as float.
+static inline FloatBits load_bits(const Bfloat16* p) {
+  FloatBits both;
+  __builtin_memcpy(&both, p, sizeof(both));
+  return both;
+}
+
+static inline Vec<float> low_halves(FloatBits both) { return reinterpret_cast<Vec<float>>(both << 16); }
+static inline Vec<float> high_halves(FloatBits both) { return reinterpret_cast<Vec<float>>(both & 0xffff0000); }
+
+// Rounds and writes pairs, to two places: those of the first half of the lanes and those of the second.
+static inline void store_pairs(Bfloat16* first, Bfloat16* second, Vec<float> low, Vec<float> high) {
+#if defined(__AVX512BF16__)
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i both = _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+#else
+  const FloatBits both = widen(to_bfloat16(low)) | widen(to_bfloat16(high)) << 16;
+#endif
+  __builtin_memcpy(first, &both, sizeof(both) / 2);
+  __builtin_memcpy(second, reinterpret_cast<const char*>(&both) + sizeof(both) / 2, sizeof(both) / 2);
+}
+
+// Rounds and writes one half of each pair: first the low one (`second` 0), then the high one (1) beside it.
+static inline void store_half(Bfloat16* p, Vec<float> v, uint32_t second) {
+  const FloatBits both = (load_bits(p) & (0 - second)) | widen(to_bfloat16(v)) << 16 * second;
+  __builtin_memcpy(p, &both, sizeof(both));
 }
 
 static inline Vec<float> load(const Bfloat16* p, int64_t count) {
@@ -184,6 +244,26 @@ static inline Vec<T> every_second(Vec<T> a, Vec<T> b) {
   }(std::make_integer_sequence<int, kLanes<T>>());
 }
 
+// The sums of neighbouring lanes: those of a, then those of b.
+template <class T>
+static inline Vec<T> add_neighbours(Vec<T> a, Vec<T> b) {
+  return every_second<T, 0>(a, b) + every_second<T, 1>(a, b);
+}
+
+// Writes the sums of the lanes of four vectors.
+template <class T>
+static inline void store_sums(T* p, const Vec<T> v[4]) {
+  if constexpr (kLanes<T> == 2) {
+    store(p, add_neighbours<T>(v[0], v[1]));
+    store(p + 2, add_neighbours<T>(v[2], v[3]));
+  } else {
+    Vec<T> sums = add_neighbours<T>(add_neighbours<T>(v[0], v[1]), add_neighbours<T>(v[2], v[3]));
+#pragma GCC unroll 4
+    for (int lanes = kLanes<T>; lanes > 4; lanes /= 2) sums = add_neighbours<T>(sums, sums);
+    __builtin_memcpy(p, &sums, 4 * sizeof(T));
+  }
+}
+
 // The sums of each of as many vectors as one has lanes.
 template <class T>
 static inline Vec<T> sums(const T* vectors) {
@@ -194,8 +274,7 @@ static inline Vec<T> sums(const T* vectors) {
 #pragma GCC unroll 4
   for (int n = L / 2; n > 0; n /= 2)
 #pragma GCC unroll 8
-    for (int i = 0; i < n; ++i)
-      v[i] = every_second<T, 0>(v[2 * i], v[2 * i + 1]) + every_second<T, 1>(v[2 * i], v[2 * i + 1]);
+    for (int i = 0; i < n; ++i) v[i] = add_neighbours<T>(v[2 * i], v[2 * i + 1]);
   return v[0];
 }
 

@@ -62,6 +62,19 @@ static void pack_weight_transposed(const Plan& plan, int64_t index, WeightView<c
   });
 }
 
+// The same in bfloat16, with two rows interleaved.
+static inline void pack_weight_transposed(const Plan& plan, int64_t index, WeightView<const Bfloat16> weight,
+                                          Bfloat16* packed) {
+  const Slab& slab = plan.slabs[index];
+  const int64_t lanes = plan.lanes, rows = plan.out_panels * lanes;
+  for_each_weight(plan, slab, weight, [&](const Bfloat16* from, int64_t c, int64_t o) {
+    for (int64_t tap = 0; tap < plan.shape.taps(); ++tap) {
+      const int64_t pair = slab.weights + ((tap * slab.padded + c) / lanes * rows + (o & ~1)) * lanes;
+      packed[pair + c % lanes * 2 + (o & 1)] = from ? from[tap * weight.tap_stride] : Bfloat16{};
+    }
+  });
+}
+
 // Adds the image groups' partial sums of a weight's gradient, in order.
 template <class T>
 static inline T sum_partials(const Plan& plan, const T* packed) {
