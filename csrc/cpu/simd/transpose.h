@@ -10,8 +10,8 @@ template <int Step, class V, int... Lane>
 static inline void exchange(V& a, V& b, std::integer_sequence<int, Lane...>) {
   constexpr int L = sizeof...(Lane);
   const V upper = a, lower = b;
-  a = __builtin_shufflevector(upper, lower, (Lane & Step ? Lane - Step + L : Lane)...);
-  b = __builtin_shufflevector(upper, lower, (Lane & Step ? Lane + L : Lane + Step)...);
+  a = shuffled<(Lane & Step ? Lane - Step + L : Lane)...>(upper, lower);
+  b = shuffled<(Lane & Step ? Lane + L : Lane + Step)...>(upper, lower);
 }
 
 // row[i][j] becomes row[j][i]: every step exchanges the parts of Step x Step elements beside each diagonal.

@@ -38,17 +38,13 @@ struct VectorOf;
 template <>
 struct VectorOf<float> {
   typedef float type __attribute__((vector_size(kVectorBytes)));
-  typedef int32_t indices __attribute__((vector_size(kVectorBytes)));
 };
 template <>
 struct VectorOf<double> {
   typedef double type __attribute__((vector_size(kVectorBytes)));
-  typedef int64_t indices __attribute__((vector_size(kVectorBytes)));
 };
 template <class T>
 using Vec = typename VectorOf<T>::type;
-template <class T>
-using LaneIndices = typename VectorOf<T>::indices;
 
 template <class T>
 static inline Vec<T> load(const T* p) {
@@ -232,15 +228,22 @@ static inline void store_many(Bfloat16* p, const Vec<float> (&v)[Vectors], int64
   }
 }
 
+// Lanes of vectors of L elements: of `a`, and from L on of `b`. (GCC 11 has no __builtin_shufflevector.)
+template <int... Lane, class V>
+static inline V shuffled(V a, V b) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, Lane...);
+#else
+  using Indices = decltype(a == b);
+  return __builtin_shuffle(a, b, Indices{Lane...});
+#endif
+}
+
 // Every second lane of `a` and then of `b`, from `First` on.
 template <class T, int First>
 static inline Vec<T> every_second(Vec<T> a, Vec<T> b) {
   return [&]<int... I>(std::integer_sequence<int, I...>) {
-#ifdef __clang__
-    return __builtin_shufflevector(a, b, (First + 2 * I)...);
-#else
-    return __builtin_shuffle(a, b, LaneIndices<T>{(First + 2 * I)...});
-#endif
+    return shuffled<(First + 2 * I)...>(a, b);
   }(std::make_integer_sequence<int, kLanes<T>>());
 }
 
