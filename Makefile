@@ -1,7 +1,7 @@
 # `make` lists the targets.
 VENV := .venv
 BIN := $(VENV)/bin
-CONFIG := configs/digits/fcos_r50-dcnv2-c3-c5_digits.py
+CONFIG := configs/digits/fcos_r18-dcnv2_deformed-digits.py
 WORK_DIR := work_dirs/digits
 MMCV ?= lite
 MINUTES ?= 10

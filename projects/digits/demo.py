@@ -1,8 +1,9 @@
 """Trains and tests a deformable detector on handwritten digits with mmdet's own tools, and shows what it found.
 
 Makes the data set, runs the tools/train.py and tools/test.py that mmdet ships inside its package, and prints the COCO
-metrics and where the pictures of the detections are. What is done already is skipped, and an interrupted training goes
-on from its last epoch.
+metrics and where the pictures of the detections are. A config with ``load_from`` is the difference of a detector to the
+one that is trained first, its ``_base_``. What is done already is skipped, and an interrupted training goes on from its
+last epoch.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -18,8 +20,12 @@ from pathlib import Path
 import cv2
 import mmdet
 import numpy as np
+from mmengine.config import Config
 
 HERE = Path(__file__).parent
+# What compare.py measured, of this config's detector and others.
+RECORDED, COMPARED = HERE / "results.json", "fcos_r18-dcnv2_deformed-digits"
+KINDS = {"data/digits": "regular", "data/deformed-digits": "deformed"}
 TOOLS = Path(mmdet.__file__).parent / ".mim" / "tools"
 TOOL = ("-m", "dcn_plugin.mmdet")  # runs a tool where mmcv is mmcv-lite too
 # OpenMP's threads spin while they wait: beside one busy process a training then takes ten times as long.
@@ -69,27 +75,39 @@ def run(what, *command, log, verbose, progress=lambda line: None):
     print(f"    done in {time.monotonic() - start:.0f} s", flush=True)
 
 
-def last_checkpoint(work_dir, config):
-    """The checkpoint of a training with this very config, finished or not, or None."""
+def last_checkpoint(work_dir, text):
+    """The checkpoint of a training with the config of this very text, finished or not, or None."""
     record, last = work_dir / "config.txt", work_dir / "last_checkpoint"
-    if not (record.exists() and last.exists() and record.read_text() == config.read_text()):
+    if not (record.exists() and last.exists() and record.read_text() == text):
         return None
     checkpoint = Path(last.read_text())
     return checkpoint if checkpoint.exists() else None
 
 
-def train(work_dir, config, epochs, resume, **options):
-    if not resume:
+def train(what, work_dir, path, load_from, force, **options):
+    """The checkpoint of a config's last epoch, which is trained from ``load_from`` as far as that is not done yet."""
+    config = load(path)
+    text = f"{config.pretty_text}\nstart = {load_from and str(load_from)!r}\n"
+    checkpoint = None if force else last_checkpoint(work_dir, text)
+    if checkpoint and checkpoint.stem == f"epoch_{config.max_epochs}":
+        print(f"==> Trained already: {checkpoint} (FORCE=1 trains again)")
+        return checkpoint
+    start = ["--resume"] if checkpoint else ["--cfg-options", f"load_from={load_from}"] if load_from else []
+    if not checkpoint:
         (work_dir / "last_checkpoint").unlink(missing_ok=True)
         work_dir.mkdir(parents=True, exist_ok=True)
-        (work_dir / "config.txt").write_text(config.read_text())
+        (work_dir / "config.txt").write_text(text)
     run(
-        f"{'Going on with' if resume else 'Training'} the detector (5 minutes on two cores; mmdet's tools/train.py)",
-        *(*TOOL, TOOLS / "train.py", config, "--work-dir", work_dir, *(["--resume"] if resume else [])),
-        progress=Progress(epochs),
+        f"{'Going on with' if checkpoint else 'Training'} {what} (mmdet's tools/train.py)",
+        *(*TOOL, TOOLS / "train.py", path, "--work-dir", work_dir, *start),
+        progress=Progress(config.max_epochs),
         **options,
     )
     return Path((work_dir / "last_checkpoint").read_text())
+
+
+def load(path):
+    return Config.fromfile(path, import_custom_modules=False)
 
 
 def test(work_dir, config, checkpoint, **options):
@@ -106,10 +124,17 @@ def test(work_dir, config, checkpoint, **options):
     return metrics, next(out.glob("*/pictures"))
 
 
+def recorded(name):
+    """AP of a detector that compare.py measured, "0.404 ± 0.003 (3 seeds)": mean and standard deviation."""
+    found = [row["AP"] / 100 for row in json.loads(RECORDED.read_text())[name].values()]
+    return f"{statistics.mean(found):.3f} ± {statistics.stdev(found):.3f} ({len(found)} seeds)"
+
+
 def contact_sheet(pictures, sheet, columns=4, rows=2):
     """Puts the detections of a few pictures side by side."""
     found = [cv2.imread(str(p)) for p in sorted(pictures.rglob("*.jpg"))[: columns * rows]]
     found = [image[:, image.shape[1] // 2 :] for image in found]  # the right half; the truth is on the left
+    found = [cv2.resize(image, (192, 192), interpolation=cv2.INTER_CUBIC) for image in found]
     grid = [np.hstack(found[i : i + columns]) for i in range(0, len(found), columns)]
     cv2.imwrite(str(sheet), np.vstack(grid), [cv2.IMWRITE_JPEG_QUALITY, 88])
 
@@ -126,20 +151,22 @@ def parse_args():
 def main():
     args = parse_args()
     options = dict(log=args.work_dir / "demo.log", verbose=args.verbose)
-    run("Making the data set (15 s)", HERE / "make_dataset.py", **options)
-    epochs = int(re.search(r"^max_epochs = (\d+)", args.config.read_text(), re.MULTILINE)[1])
-    checkpoint = None if args.force else last_checkpoint(args.work_dir, args.config)
-    if checkpoint and checkpoint.stem == f"epoch_{epochs}":
-        print(f"==> Trained already: {checkpoint} (FORCE=1 trains again)")
-    else:
-        checkpoint = train(args.work_dir, args.config, epochs, resume=checkpoint is not None, **options)
+    config, start = load(args.config), None
+    data = config.data_root.rstrip("/")
+    run("Making the data set (15 s)", HERE / "make_dataset.py", "--kind", KINDS[data], **options)
+    if config.get("load_from"):
+        base = args.config.parent / re.search(r'^_base_ = "(.+)"', args.config.read_text(), re.MULTILINE)[1]
+        start = train(
+            "the plain detector that it starts from", args.work_dir / "plain", base, None, args.force, **options
+        )
+    checkpoint = train("the deformable detector", args.work_dir, args.config, start, args.force, **options)
     metrics, pictures = test(args.work_dir, args.config, checkpoint, **options)
     sheet = args.work_dir / "detections.jpg"
     contact_sheet(pictures, sheet)
     points = args.work_dir / "visualized"
     run(
         "Drawing where it looks (15 s; python -m dcn_plugin visualize)",
-        *("-m", "dcn_plugin", "visualize", args.config, checkpoint, "data/digits/val/00005.jpg"),
+        *("-m", "dcn_plugin", "visualize", args.config, checkpoint, f"{data}/val/00005.jpg"),
         *("--what", "points", "--out-dir", points),
         **options,
     )
@@ -150,6 +177,10 @@ def main():
     print(f"its samples {points / '00005_points.png'}")
     print(f"AP          {metrics['coco/bbox_mAP']:.3f}")
     print(f"AP50        {metrics['coco/bbox_mAP_50']:.3f}")
+    if args.config.stem == COMPARED:
+        print("\nRecorded by projects/digits/compare.py, at the same schedule:")
+        print(f"  AP of detectors like this one           {recorded('DCNv2 c3-c4, tuned from plain')}")
+        print(f"  AP of their twins without `deformable=` {recorded('plain, tuned from plain')}")
 
 
 if __name__ == "__main__":
