@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import cv2
@@ -36,7 +37,7 @@ ITERATION = re.compile(r"Epoch\(train\)\s+\[(\d+)\]\[\s*(\d+)/(\d+)\].*?eta: ([\
 class Progress:
     """Turns the lines of a training's log into a few of epoch, loss and time left."""
 
-    def __init__(self, epochs, lines=24):
+    def __init__(self, epochs, lines=12):
         self.epochs, self.lines, self.shown = epochs, lines, -1
 
     def __call__(self, line):
@@ -150,6 +151,7 @@ def parse_args():
 
 def main():
     args = parse_args()
+    warnings.filterwarnings("ignore", "pkg_resources is deprecated")  # MMEngine imports it for configs of packages
     options = dict(log=args.work_dir / "demo.log", verbose=args.verbose)
     config, start = load(args.config), None
     data = config.data_root.rstrip("/")
