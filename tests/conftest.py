@@ -16,11 +16,17 @@ LONG_FILES = [
     HERE / "zoo/test_mmdet_configs.py",
     HERE / "tools/test_gpu_check.py",
 ]
+assert all(path.exists() for path in LONG_FILES), "LONG_FILES names a file that is not there"
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-def pytest_collection_modifyitems(items):
-    """Long files first, then those of many tests: so that in the end no process of pytest-xdist waits for another."""
+def pytest_collection_modifyitems(config, items):
+    """Long files first, then those of many tests: so that in the end no process of pytest-xdist waits for another.
+
+    Only in such a process, which alone has a ``workerinput``: one process runs the tests in the order it was given.
+    """
+    if not hasattr(config, "workerinput"):
+        return
     tests = Counter(item.path for item in items)
     place = {path: i for i, path in enumerate(LONG_FILES)}
     items.sort(key=lambda item: (place.get(item.path, len(place)), -tests[item.path], item.path))
