@@ -223,7 +223,6 @@ def main(arguments: list[str]) -> int:
             PYTHONPATH=folder,
             PYTHONUNBUFFERED="1",  # a log that is cut off holds all that was said
             DCN_PLUGIN_CUDA="1",
-            DCN_PLUGIN_CUDA_ARCHS=os.environ.get("DCN_PLUGIN_CUDA_ARCHS", f"{major}{minor}"),
             TORCH_CUDA_ARCH_LIST=os.environ.get("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}"),
             CUBLAS_WORKSPACE_CONFIG=":4096:8",
         )
