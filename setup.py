@@ -11,6 +11,8 @@ DCN_PLUGIN_CUDA=0        leaves it out; 1 insists on it, whatever torch this is:
 CUDA_HOME                the CUDA toolkit whose nvcc compiles it (otherwise that of the PATH)
 TORCH_CUDA_ARCH_LIST     compute capabilities to build for, as "9.0" or "8.0 9.0+PTX" (otherwise cuda_toolkit.py's)
 MAX_JOBS                 how many compilers run at once
+
+`build_ext` alone works with any setuptools from 65 on, for machines where none can be installed.
 """
 
 import os
@@ -21,10 +23,9 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
+import setuptools
+from setuptools import Distribution, Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.modified import newer_group
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -100,7 +101,8 @@ class BuildLibraries(build_ext):
         nvcc, build = cuda_toolkit.find_nvcc(), build / "cuda"
         flags = [*CUDA_FLAGS, *cuda_target_flags(nvcc), *(f"-I{path}" for path in TORCH_INCLUDES)]
         last, command = build / "last_build.txt", f"{library} for torch {torch.__version__}: {[nvcc, *flags]}"
-        if last.exists() and last.read_text() == command and not newer_group(ext.depends, library):
+        same = last.exists() and last.read_text() == command and os.path.exists(library)
+        if same and os.path.getmtime(library) >= max(map(os.path.getmtime, ext.depends)):
             return
         last.unlink(missing_ok=True)
         build.mkdir(parents=True, exist_ok=True)
@@ -127,11 +129,31 @@ class BuildLibraries(build_ext):
         last.write_text(command)
 
 
-class BuildWheel(bdist_wheel):
-    """Names the wheel for every Python: the libraries belong to none."""
+def setuptools_options():
+    """What setup() takes, as far as this setuptools knows it: before 77 it cannot read pyproject.toml's license."""
+    if int(setuptools.__version__.split(".")[0]) < 77:
+        if "build_ext" not in sys.argv:
+            raise SystemExit(
+                f"error: dcn_plugin needs setuptools >= 77, found {setuptools.__version__}: "
+                "`pip install 'setuptools>=77,<81'` (mmcv's setup.py needs one before 81)"
+            )
+        return dict(distclass=LibrariesAlone, cmdclass={"build_ext": BuildLibraries})
+    from setuptools.command.bdist_wheel import bdist_wheel
 
-    def get_tag(self):
-        return "py3", "none", super().get_tag()[2]
+    class BuildWheel(bdist_wheel):
+        """Names the wheel for every Python: the libraries belong to none."""
+
+        def get_tag(self):
+            return "py3", "none", super().get_tag()[2]
+
+    return dict(cmdclass={"build_ext": BuildLibraries, "bdist_wheel": BuildWheel})
+
+
+class LibrariesAlone(Distribution):
+    """Without pyproject.toml, which the libraries do not need."""
+
+    def parse_config_files(self, *args, **kwargs):
+        pass
 
 
 def cuda_target_flags(nvcc):
@@ -171,4 +193,4 @@ def libraries():
     return {"0": [cpu], "1": [cpu, cuda], "only": [cuda]}[wanted]
 
 
-setup(ext_modules=libraries(), cmdclass={"build_ext": BuildLibraries, "bdist_wheel": BuildWheel})
+setup(ext_modules=libraries(), **setuptools_options())

@@ -6,7 +6,7 @@ FOLDER receives gpu_check.json (how every step ended), cuda.json (the benchmark)
 written as it goes: whenever it is stopped, they hold what there was, and the log of a step in progress lies beside
 them.
 
-Needs nvcc and a python3 with torch >= 2.10 (and setuptools, which torch brings). Without pytest the comparisons of
+Needs nvcc and a python3 with torch >= 2.10 and setuptools >= 65. Without pytest the comparisons of
 tests/cuda/smoke.py are all that is tested; compute-sanitizer and torchvision are used where they are. Nothing is
 installed: the build happens in a temporary copy of the sources.
 """
@@ -210,6 +210,9 @@ def main(arguments: list[str]) -> int:
         return 2
     if find_tool("nvcc") is None:
         print("nvcc is not on the PATH")
+        return 2
+    if importlib.util.find_spec("setuptools") is None:
+        print("the build needs setuptools: `pip install 'setuptools>=77,<81'`")
         return 2
     out = Path(arguments[0]).resolve()
     out.mkdir(parents=True, exist_ok=True)

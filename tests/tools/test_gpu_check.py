@@ -54,6 +54,13 @@ def test_says_what_is_missing(tmp_path):
     assert done.stdout.startswith("PyTorch sees no GPU here")
 
 
+def test_says_that_setuptools_is_missing(rehearse, gpu_check, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)
+    assert rehearse() == 2
+    assert capsys.readouterr().out.startswith("the build needs setuptools: `pip install")
+    assert not (tmp_path / "out").exists()
+
+
 def test_all_goes_well(rehearse, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/logs.tar").write_text("of an earlier run")
