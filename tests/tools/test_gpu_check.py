@@ -204,5 +204,5 @@ def test_selections_of_tests(plan, tmp_path):
     assert all("cuda" in test.split("[")[0] for test in on_cpu)
     assert not any("test_compile" in line for line in chosen["tests"])
     assert {line.split("::")[1].split("[")[0] for line in chosen["inductor"]} == {"test_compile"}
-    # Convolution with two backends, the two RoI operators with one, attention with its shapes as a list and as a tensor.
+    # Convolution with two backends, the two RoI operators with one, attention with shapes as a list and as a tensor.
     assert len(chosen["inductor"]) == 6
