@@ -23,6 +23,7 @@ class Goal:
 BOTH = "forward+backward"
 STAGES = ("c3", "c4", "c5")
 LAST = tuple(f"{stage} channels_last" for stage in STAGES)
+BFLOAT16 = tuple(f"{stage} bfloat16" for stage in (*STAGES, *LAST))
 SMALL = ("small", "small channels_last")
 DEPTHWISE = ("c4 depthwise", "c4 depthwise channels_last")
 VARIANTS = tuple(f"c4 {v}" for v in ("deform_groups 4", "1x1", "5x5", "stride 2", "dilation 2"))
@@ -30,15 +31,20 @@ ROI = ("FPN sampling_ratio 2", "FPN sampling_ratio 0")
 ATTENTION = ("encoder", "decoder")
 DETECTOR = ("Faster R-CNN R50-FPN, 2 images 320x320",)
 CPU_GOALS = (
-    Goal("v2 forward, float32, 3x3", 1.15, 1.35, STAGES),
-    Goal("the same, channels_last", 1.15, 1.3, LAST),
+    Goal("v2 forward, float32, 3x3", 1.08, 1.12, STAGES),
+    Goal("the same, channels_last", 1.08, 1.12, LAST),
     Goal("the same, (1, 64, 56, 56)", 1.5, 1.9, SMALL),
-    Goal("forward + backward, float32", 1.5, 1.9, (*STAGES, *LAST, *SMALL), BOTH),
-    Goal("forward, bfloat16, to bfloat16 dense", 1.4, 1.8, tuple(f"{s} bfloat16" for s in (*STAGES, *LAST))),
-    Goal("depthwise forward, to dense depthwise", 2, 4, DEPTHWISE),
+    Goal("forward + backward, float32", 1.5, 1.9, (*STAGES, *LAST), BOTH),
+    Goal("the same, (1, 64, 56, 56)", 1.3, 1.5, SMALL, BOTH),
+    Goal("forward, bfloat16, to bfloat16 dense", 1.15, 1.3, BFLOAT16),
+    Goal("forward + backward, bfloat16, to bfloat16 dense", 1.3, 1.6, BFLOAT16, BOTH),
+    Goal("depthwise forward, to dense depthwise", 1.5, 2.2, DEPTHWISE),
+    Goal("depthwise forward + backward", 2, 2.8, DEPTHWISE, BOTH),
+    *(Goal(f"1x1 {direction}", 1.15, 1.25, ("c4 1x1", "c4 1x1 channels_last"), direction)
+      for direction in ("forward", BOTH)),
     Goal("variants' ratio to that of 3x3", None, 1.3, VARIANTS, over="3x3"),
     Goal("the same, channels_last", None, 1.3, tuple(f"{v} channels_last" for v in VARIANTS), over="3x3"),
-    Goal("a tiny call, (1, 16, 8, 8)", None, 3, ("tiny",)),
+    Goal("a tiny call, (1, 16, 8, 8)", 2, 2.5, ("tiny",)),
     Goal("RoI align forward, to mmcv's roi_align", 0.5, 1.0, ROI, "forward", "deform_roi_align", "mmcv"),
     Goal("RoI align forward + backward", 0.5, 1.0, ROI, BOTH, "deform_roi_align", "mmcv"),
     Goal("peak memory forward, MiB a thread", 8, 16, (*STAGES, *LAST), over="memory"),
@@ -50,7 +56,8 @@ CPU_GOALS = (
          "bytes"),
     *(Goal(f"forward, to {peer}'s", None, 1 / 5, STAGES, over=peer) for peer in ("mmcv", "torchvision")),
     *(Goal(f"with backward, to {peer}'s", None, 1 / 10, STAGES, BOTH, over=peer) for peer in ("mmcv", "torchvision")),
-    *(Goal(f"forward, to {peer}'s", None, 1, STAGES, over=peer) for peer in ("openvino", "onnxruntime")),
+    Goal("forward, to openvino's", 0.85, 0.95, (*STAGES, "c4 1x1", "c4 5x5"), over="openvino"),
+    Goal("forward, to onnxruntime's", None, 1, STAGES, over="onnxruntime"),
     Goal("Faster R-CNN training iteration, to the plain one's", 1.15, 1.3, DETECTOR, "training iteration", "detector"),
 )  # fmt: skip
 C3, C4, C5 = (tuple(f"{stage} channels_last {dtype}" for dtype in ("bfloat16", "float16")) for stage in STAGES)
