@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-import warnings
 
 from . import __version__
 from .commands import convert_checkpoint, export, inspect, test_exported, visualize
@@ -18,7 +17,6 @@ def main(arguments: list[str] | None = None) -> None:
     test_exported.add_parser(commands)
     visualize.add_parser(commands)
     args = parser.parse_args(arguments)
-    warnings.filterwarnings("ignore", "pkg_resources is deprecated")  # MMEngine imports it for configs of packages
     try:
         args.run(args)
     except (ValueError, OSError, ImportError) as error:

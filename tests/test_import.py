@@ -109,6 +109,7 @@ def state():
         suppression=sys.modules["mmcv.ops.nms"].NMSop.forward,
         bottleneck=mmdet.models.backbones.resnet.Bottleneck.__init__,
         parameters=mmengine.optim.DefaultOptimWrapperConstructor.add_params,
+        packages=[mmengine.config.config.is_installed, mmengine.utils.get_installed_path],
         build=[registry.build_func for registry in registries],
         types=[dict(registry.module_dict) for registry in registries],
         safe_globals=list(torch.serialization.get_safe_globals()),
@@ -143,6 +144,7 @@ def state():
         resume=mmengine.runner.Runner.resume,
         launch=[mmengine.dist.utils._init_dist_pytorch, mmengine.model.MMDistributedDataParallel.__init__],
         parameters=mmengine.optim.DefaultOptimWrapperConstructor.add_params,
+        packages=[mmengine.config.config.is_installed, mmengine.utils.get_installed_path],
         build=MODELS.build_func,
         types=dict(MODELS.module_dict),
         hooks=dict(HOOKS.module_dict),
@@ -255,6 +257,64 @@ for block in MODELS.build(config.model).layer2:
     run(code)
 
 
+README_CONFIG = """
+_base_ = "mmdet::rtmdet/rtmdet_s_8xb32-300e_coco.py"
+custom_imports = dict(imports=["dcn_plugin.mmdet"])
+model = dict(backbone=dict(deformable=dict(type="DCNv2", targets=["stage3", "stage4"], depthwise=False)))
+"""
+
+
+@needs("mmdet")
+def test_configs_of_packages_need_no_pkg_resources(tmp_path):
+    """The newest setuptools has none, and MMEngine looks for ``mmdet::...`` with it."""
+    (tmp_path / "my_config.py").write_text(README_CONFIG)
+    (tmp_path / "script.py").write_text(
+        "import sys\n"
+        "from mmengine.config import Config\n"
+        "print(Config.fromfile(sys.argv[1]).model.backbone.deformable.type)\n"
+    )
+    inspect = f"""
+from dcn_plugin.__main__ import main
+main(["inspect", {str(tmp_path / "my_config.py")!r}, "--shape", "64", "64"])
+"""
+    assert "DCNv2" in run(inspect, missing=("pkg_resources",))
+    script = f"""
+import runpy
+sys.argv = ["dcn_plugin.mmdet", {str(tmp_path / "script.py")!r}, {str(tmp_path / "my_config.py")!r}]
+runpy.run_module("dcn_plugin.mmdet", run_name="__main__")
+"""
+    assert run(script, missing=("pkg_resources",)).splitlines()[-1] == "DCNv2"
+
+
+@needs("mmengine")
+def test_finds_packages_as_pkg_resources_does(tmp_path):
+    info = tmp_path / "py_yaml-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: py-yaml\nVersion: 1.0\n")
+    (info / "top_level.txt").write_text("yaml\n")
+    code = f"""
+sys.path.append({str(tmp_path)!r})
+import mmengine.utils
+from dcn_plugin.mmengine import patches
+from pathlib import Path
+from importlib.metadata import PackageNotFoundError
+utils = mmengine.utils
+assert utils.is_installed is mmengine.config.config.is_installed is patches.is_installed
+assert utils.get_installed_path is mmengine.hub.hub.get_installed_path is patches.get_installed_path
+assert [utils.is_installed(name) for name in ("mmengine", "py-yaml", "yaml", "no_such_package")] == [1, 1, 1, 0]
+folder = str(Path(mmengine.__file__).parent)
+assert utils.get_installed_path("mmengine") == folder
+import yaml
+for name in ("yaml", "py-yaml"):  # by the package, and by its distribution
+    assert Path(utils.get_installed_path(name)) in Path(yaml.__file__).parents, name
+try:
+    utils.get_installed_path("no_such_package")
+except PackageNotFoundError:
+    print("not found")
+"""
+    assert "not found" in run(code, missing=("pkg_resources",))
+
+
 @needs("mmdet")
 def test_every_step_may_be_repeated():
     """Each function that an upper floor's import calls changes nothing when it is called again."""
@@ -270,6 +330,7 @@ def state():
     return [MODELS.build_func, dict(MODELS.module_dict), dict(HOOKS.module_dict),
             [(child.build_func, dict(child.module_dict)) for child in MODELS.children.values()],
             mmengine.optim.DefaultOptimWrapperConstructor.add_params,
+            mmengine.config.config.is_installed, mmengine.utils.get_installed_path,
             mmdet.models.backbones.resnet.Bottleneck.__init__, mmengine.runner.Runner.resume,
             mmengine.dist.utils._init_dist_pytorch, mmengine.model.MMDistributedDataParallel.__init__,
             sys.modules["mmcv.ops.nms"].NMSop.forward, sys.modules["mmcv._ext"],
@@ -282,7 +343,8 @@ steps = [register_conv_layers, register_deformable_key, register_offset_hook, re
          provide_mmcv_ext, mmcv_ops.replace, register_roi_extractors, mmengine_patches.count_flops,
          mmengine_patches.load_mmengine_checkpoints, mmengine_patches.apply_offset_learning_rates,
          mmengine_patches.load_old_offsets, mmengine_patches.explain_resuming,
-         mmengine_patches.launch_on_cpus, patches.fall_back_on_stride, patches.suppress_in_bfloat16]
+         mmengine_patches.launch_on_cpus, mmengine_patches.find_packages, patches.fall_back_on_stride,
+         patches.suppress_in_bfloat16]
 for step in steps:
     step()
     assert state() == before, step

@@ -1,8 +1,14 @@
 """Changes to the behaviour of MMEngine and PyTorch, a function each; all may be called more than once."""
 
 import functools
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
 
+import mmengine.config.config
 import mmengine.dist.utils
+import mmengine.hub.hub
+import mmengine.utils.package_utils
 import numpy as np
 import torch
 from mmengine.analysis import complexity_analysis
@@ -18,6 +24,45 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from dcn_plugin.layers.old_offsets import predicts_offsets, rename_old_offsets
 from dcn_plugin.layers.zero_init import ZeroInitConv2d
 from dcn_plugin.ops.flops import JIT_HANDLES
+
+
+def find_packages() -> None:
+    """Lets configs have bases of packages, as ``mmdet::...``, with any setuptools.
+
+    MMEngine (all versions up to 0.10.7) looks for packages with pkg_resources, which recent versions of setuptools no
+    longer have, and which takes long to import and warns where they do. The standard library finds them too.
+    """
+    utils = mmengine.utils
+    for module in (utils.package_utils, utils, mmengine.config.config, mmengine.hub.hub):
+        for function in (is_installed, get_installed_path):
+            if hasattr(module, function.__name__):
+                setattr(module, function.__name__, function)
+
+
+def is_installed(package: str) -> bool:
+    """Whether there is a distribution, or a package with an ``__init__.py``, of this name."""
+    try:
+        metadata.distribution(package)
+        return True
+    except metadata.PackageNotFoundError:
+        spec = find_spec(package)
+        return spec is not None and spec.origin is not None
+
+
+def get_installed_path(package: str) -> str:
+    """The folder of a package, which may be named by its distribution: 'mmcv-full' is that of mmcv.
+
+    Raises:
+        PackageNotFoundError: nothing of this name is installed.
+        RuntimeError: it is a namespace package, or a distribution that names no package.
+    """
+    spec = find_spec(package)
+    if spec is None:
+        names = (metadata.distribution(package).read_text("top_level.txt") or "").split()
+        spec = find_spec(names[0]) if names else None
+    if spec is None or spec.origin is None:
+        raise RuntimeError(f"{package} is a namespace package, or a distribution that names no package")
+    return str(Path(spec.origin).parent)
 
 
 def load_mmengine_checkpoints() -> None:
