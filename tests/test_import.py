@@ -236,6 +236,21 @@ def test_what_is_missing_or_broken_is_one_sentence(module, blocked, message):
 
 
 @needs("mmdet")
+def test_an_mmcv_that_mmdet_refuses_is_one_sentence():
+    code = """
+import mmcv
+mmcv.__version__ = "2.2.0"
+try:
+    import dcn_plugin.mmdet
+except ImportError as error:
+    print("ERROR", error)
+"""
+    text = run(code).partition("ERROR ")[2].strip()
+    assert "MMCV==2.2.0 is used but incompatible" in text and "then `pip install mmcv-lite==2.1.0`" in text
+    assert "\n" not in text
+
+
+@needs("mmdet")
 def test_custom_imports_is_all_a_config_needs(tmp_path):
     config = tmp_path / "config.py"
     config.write_text(

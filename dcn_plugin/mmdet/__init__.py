@@ -24,9 +24,11 @@ except Exception as error:
             f"dcn_plugin.mmdet needs {error.name}, which is not installed: `pip install 'mmdet>=3.0' 'mmcv-lite<2.2'` "
             "(docs/install.md); without MMDetection, import dcn_plugin.mmengine"
         ) from error
+    remedy = "docs/install.md lists such errors by their text"
+    if isinstance(error, AssertionError) and str(error).startswith("MMCV=="):  # 2.2.0, which mmdet refuses
+        remedy = "`pip uninstall mmcv mmcv-lite`, then `pip install mmcv-lite==2.1.0`: docs/install.md"
     raise ImportError(
-        f"MMDetection is installed, but importing it fails with {type(error).__name__}: {error} (docs/install.md lists "
-        "such errors by their text)"
+        f"MMDetection is installed, but importing it fails with {type(error).__name__}: {error} ({remedy})"
     ) from error
 
 from . import mmcv_ops, patches
