@@ -1,12 +1,13 @@
 """MMDetection on mmcv-lite, in fresh interpreters where ``mmcv._ext`` is missing, whichever mmcv is installed."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from ..test_import import run
+from ..test_import import ROOT, run
 
 pytest.importorskip("mmdet")
 
@@ -125,8 +126,25 @@ runpy.run_module("dcn_plugin.mmdet", run_name="__main__")
 def test_a_script_that_is_not_there_is_one_sentence(tmp_path):
     command = [sys.executable, "-m", "dcn_plugin.mmdet", str(tmp_path / "nope.py")]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.splitlines()[-1] == f"error: {command[-1]}: no such file"
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {command[-1]}: no such file, here or ")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("tool", ["train.py", "test.py"])
+def test_finds_the_tools_that_mmdet_was_installed_with(tool, tmp_path):
+    command = [sys.executable, "-m", "dcn_plugin.mmdet", f"tools/{tool}"]
+    env = dict(os.environ, PYTHONPATH=str(ROOT))
+    done = subprocess.run([*command, "--help"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and f"usage: {tool}" in done.stdout and "--work-dir" in done.stdout, done.stderr
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / tool).write_text("print('the one that is here')\n")
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "the one that is here"
+
+
+def test_help_names_the_tools():
+    done = subprocess.run([sys.executable, "-m", "dcn_plugin.mmdet", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "tools/train.py CONFIG" in done.stdout
 
 
 DETECTOR = """
