@@ -38,10 +38,12 @@ def load(name: str, options: dict | None = None) -> "Config":
     from mmengine.config import Config
     from mmengine.utils import import_modules_from_strings
 
-    config = Config.fromfile(_file_of(name))
+    config = Config.fromfile(_file_of(name), import_custom_modules=False)
     config.merge_from_dict(options or {})
-    if config.get("custom_imports"):
-        import_modules_from_strings(**config.custom_imports)
+    try:
+        import_modules_from_strings(**(config.get("custom_imports") or dict(imports=None)))
+    except ImportError as error:
+        raise ImportError(f"{name}: custom_imports: {error} ({error.__context__})") from error
     return config
 
 
@@ -76,15 +78,33 @@ def build(config: "Config") -> nn.Module:
         logger.setLevel(level)
 
 
+def read_checkpoint(checkpoint: str) -> dict:
+    """What a checkpoint holds, on the CPU."""
+    from mmengine.runner.checkpoint import _load_checkpoint
+
+    try:
+        loaded = _load_checkpoint(checkpoint, map_location="cpu", logger="silent")
+    except OSError:  # such as a file that is not there
+        raise
+    except Exception as error:  # of any type: pickle reads what is no pickle as if it were one
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{checkpoint} is no checkpoint that torch.load reads ({type(error).__name__}: {reason})"
+        ) from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{checkpoint} is no checkpoint: it holds a {type(loaded).__name__}")
+    return loaded
+
+
 def load_weights(model: nn.Module, checkpoint: str) -> None:
     """Loads a checkpoint whole.
 
     Raises:
         ValueError: it lacks tensors that the model has, or has others: the weights would be random, or another model's.
     """
-    from mmengine.runner.checkpoint import _load_checkpoint, _load_checkpoint_to_model
+    from mmengine.runner.checkpoint import _load_checkpoint_to_model
 
-    loaded = _load_checkpoint(checkpoint, map_location="cpu", logger="silent")
+    loaded = read_checkpoint(checkpoint)
     state = loaded.get("state_dict", loaded)
     own = {name for name in model.state_dict() if not name.endswith("num_batches_tracked")}
     missing, unexpected = sorted(own - state.keys()), sorted(state.keys() - model.state_dict().keys())

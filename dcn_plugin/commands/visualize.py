@@ -124,9 +124,13 @@ def _pipeline(config: "Config"):
 
 
 def _load(model: "BaseModel", checkpoint: str, device: str) -> None:
-    from mmengine.runner import load_checkpoint
+    from mmengine.runner.checkpoint import _load_checkpoint_to_model
 
-    loaded = load_checkpoint(model, checkpoint, map_location="cpu")
+    loaded = _config.read_checkpoint(checkpoint)
+    names = {name.removeprefix("module.") for name in loaded.get("state_dict", loaded)}
+    if names.isdisjoint(model.state_dict()):
+        raise ValueError(f"{checkpoint} is a checkpoint of another model: it has no tensor of this config's model")
+    _load_checkpoint_to_model(model, loaded)
     meta = (loaded.get("meta") or {}).get("dataset_meta") or {}
     model.dataset_meta = {key.lower(): value for key, value in meta.items()}
     model.to(device).eval()

@@ -290,4 +290,7 @@ def test_a_checkpoint_of_another_model_is_an_error(detector, tmp_path):
         torch.save(dict(state_dict=changed), checkpoint)
         with pytest.raises(ValueError, match="no checkpoint of this config's model: of .* tensors .* are missing"):
             export(config, checkpoint, str(tmp_path / "model.pt2"), shape=(64, 96))
+    Path(checkpoint).write_text("epoch 1\n")
+    with pytest.raises(ValueError, match=r"fcos.pth is no checkpoint that torch.load reads \("):
+        export(config, checkpoint, str(tmp_path / "model.pt2"), shape=(64, 96))
     assert not (tmp_path / "model.pt2").exists()

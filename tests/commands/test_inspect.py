@@ -176,6 +176,15 @@ def test_errors_are_one_line(config, arguments, message):
     assert str(error.value).startswith("error: ") and "\n" not in str(error.value)
 
 
+def test_a_misspelt_import_is_one_line(config):
+    with open(config, "a") as file:
+        file.write("custom_imports = dict(imports=['dcn_plugin.mdet'])\n")
+    with pytest.raises(SystemExit) as error:
+        main(["inspect", config])
+    reason = "Failed to import dcn_plugin.mdet (No module named 'dcn_plugin.mdet')"
+    assert str(error.value) == f"error: {config}: custom_imports: {reason}"
+
+
 def test_help_names_the_commands(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])

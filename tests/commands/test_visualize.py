@@ -1,6 +1,7 @@
 """``python -m dcn_plugin visualize``."""
 
 import pytest
+import torch
 
 pytest.importorskip("mmdet", reason="pictures of a detector")
 
@@ -61,6 +62,24 @@ def test_errors_are_one_line(write_config, write_checkpoint, image, tmp_path, op
     with pytest.raises(SystemExit, match=message) as error:
         visualize(config, write_checkpoint(config), image, *options, "--out-dir", tmp_path)
     assert str(error.value).startswith("error: ") and "\n" not in str(error.value)
+
+
+def test_what_is_no_checkpoint_of_the_model_is_one_line(write_config, image, tmp_path):  # noqa: F811
+    config = write_config()
+    text, other, tensor = (tmp_path / name for name in ("text.pth", "other.pth", "tensor.pth"))
+    text.write_text("epoch 1\n")
+    torch.save(dict(state_dict={"nothing.weight": torch.zeros(1)}), other)
+    torch.save(torch.zeros(1), tensor)
+    for checkpoint, message in [
+        (text, r"text.pth is no checkpoint that torch.load reads \("),
+        (other, "other.pth is a checkpoint of another model: it has no tensor of this config's model"),
+        (tensor, "tensor.pth is no checkpoint: it holds a Tensor"),
+        (tmp_path / "missing.pth", "missing.pth can not be found"),
+    ]:
+        with pytest.raises(SystemExit, match=message) as error:
+            visualize(config, checkpoint, image, "--out-dir", tmp_path / "out")
+        assert str(error.value).startswith("error: ") and "\n" not in str(error.value)
+    assert not list((tmp_path / "out").rglob("*"))
 
 
 def test_no_test_pipeline(write_config, write_checkpoint, image, tmp_path):  # noqa: F811
