@@ -132,12 +132,12 @@ def outcome(report):
 
 def table(record):
     """The record as Markdown: the versions of PyTorch in order, then the fork."""
-    lines = ["| environment | tests | passed | failed | skipped |", "|---|---|---|---|---|"]
+    lines = ["| environment | tests | passed | failed | skipped | date |", "|---|---|---|---|---|---|"]
     for name in sorted(record, key=lambda name: [int(n) for n in re.findall(r"\d+", name)] or [999]):
         one = record[name]
         tests = "operators" if name != "fork" else "MMEngine, MMDetection, conversion, the demo's detector"
         versions = ", ".join(f"{package} {version}" for package, version in one["packages"].items())
-        lines.append(f"| {versions} | {tests} | {one['passed']} | {one['failed']} | {one['skipped']} |")
+        lines.append(f"| {versions} | {tests} | {one['passed']} | {one['failed']} | {one['skipped']} | {one['date']} |")
     return "\n".join(lines) + "\n"
 
 

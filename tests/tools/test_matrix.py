@@ -44,7 +44,7 @@ def test_writes_the_table_between_its_marks_again_and_again(matrix, tmp_path, mo
     page.write_text(f"before\n\n{matrix.BEGIN}{matrix.END}\n\nafter\n")
     monkeypatch.setattr(matrix, "PAGES", (page,))
     monkeypatch.setattr(matrix, "RECORD", tmp_path / "record.json")
-    counts = dict(passed=1, failed=0, skipped=2)
+    counts = dict(passed=1, failed=0, skipped=2, date="2026-01-02")
     record = {name: dict(packages={"torch": name}, **counts) for name in ("2.15.0", "2.9.1")}
     record["fork"] = dict(packages={"torch": "2.13.0", "onedl-mmcv": "2.3.6"}, **counts)
     matrix.write(record)
@@ -58,7 +58,7 @@ def test_writes_the_table_between_its_marks_again_and_again(matrix, tmp_path, mo
         "| torch 2.15.0",
         "| torch 2.13.0, onedl-mmcv 2.3.6",
     ]
-    assert rows[0].endswith("| 1 | 0 | 2 |")
+    assert rows[0].endswith("| 1 | 0 | 2 | 2026-01-02 |")
 
 
 def test_the_documents_show_the_record(matrix):
