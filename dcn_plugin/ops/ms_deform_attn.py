@@ -52,8 +52,9 @@ def ms_deform_attn(
     check_tensors(value=value, sampling_locations=sampling_locations, attention_weights=attention_weights)
     spatial_shapes = shapes_tensor(spatial_shapes)
     if spatial_shapes.is_cuda:
-        fits = spatial_shapes.prod(-1).sum() == value.shape[1]
-        torch._assert_async(fits, "spatial_shapes must have as many pixels as value has keys")
+        _check_shapes(value, spatial_shapes, sampling_locations, attention_weights)  # no GPU works on after assertions
+        message = "spatial_shapes must have as many pixels as value has keys and must not be negative"
+        torch._assert_async(_are_maps_of(spatial_shapes, value.shape[1]), message)
     if sampling_locations.dtype in HALF_TYPES:
         sampling_locations = sampling_locations.float()
     return torch.ops.dcn_plugin.ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights)
@@ -73,6 +74,30 @@ def shapes_tensor(spatial_shapes: Tensor | Sequence[tuple[int, int]]) -> Tensor:
     if any(isinstance(n, torch.SymInt) for size in sizes for n in size):  # torch.tensor would make them constants
         return torch.stack([torch.scalar_tensor(n, dtype=torch.int64) for size in sizes for n in size]).view(-1, 2)
     return torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2)
+
+
+def _are_maps_of(spatial_shapes: Tensor, keys: int) -> Tensor:
+    """Whether sizes are not negative and have ``keys`` pixels together, on their device."""
+    return (spatial_shapes >= 0).all() & (spatial_shapes.prod(-1).sum() == keys)
+
+
+def _check_shapes(value: Tensor, spatial_shapes: Tensor, sampling_locations: Tensor, attention_weights: Tensor) -> None:
+    """The errors of csrc/ms_deform_attn_shape.h, where no kernel runs or something else would fail before it."""
+
+    def check(fits, name, tensor, expected):
+        if not fits:
+            raise RuntimeError(f"{name} must have shape {expected}, got {tuple(tensor.shape)}")
+
+    check(value.dim() == 4, "value", value, "(N, sum of H * W, heads, D)")
+    check(spatial_shapes.dim() == 2 and spatial_shapes.shape[1] == 2, "spatial_shapes", spatial_shapes, "(L, 2)")
+    symbols = "(N, Q, heads, L, P, 2)"
+    check(sampling_locations.dim() == 6, "sampling_locations", sampling_locations, symbols)
+    queries, points = sampling_locations.shape[1], sampling_locations.shape[4]
+    shape = value.shape[0], queries, value.shape[2], spatial_shapes.shape[0], points
+    fits = tuple(sampling_locations.shape) == (*shape, 2)
+    check(fits, "sampling_locations", sampling_locations, f"{symbols} = {(*shape, 2)}")
+    fits = tuple(attention_weights.shape) == shape
+    check(fits, "attention_weights", attention_weights, f"(N, Q, heads, L, P) = {shape}")
 
 
 @torch.library.register_fake("dcn_plugin::ms_deform_attn")

@@ -2,8 +2,11 @@ import itertools
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcn_plugin.ops import ms_deform_attn, reference
+from dcn_plugin.ops.ms_deform_attn import _are_maps_of
 
 from .cases import STRIDED, assert_repeats, check_against, random_gradient, relative_error, run
 
@@ -344,6 +347,49 @@ def test_errors_name_the_argument_and_the_shapes(change, message, device):
     tensors = change({**make(torch.float32, device), "spatial_shapes": torch.tensor(SHAPES)})
     with pytest.raises((RuntimeError, ValueError), match=message):
         ms_deform_attn(**tensors)
+
+
+@pytest.mark.parametrize("shapes", PIXELS.values(), ids=PIXELS)
+def test_what_is_asserted_on_cuda(shapes):
+    assert not _are_maps_of(torch.tensor(shapes), 71)
+    assert not _are_maps_of(torch.tensor([(6, 9), (-1, -17), (0, 5)]), 71)
+    assert _are_maps_of(torch.tensor([*SHAPES, (0, 5)]), 71)
+
+
+class Assertions(TorchDispatchMode):
+    """Counts assertions on the device, after which, if they fail, a process can use the GPU no more."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket is torch.ops.aten._assert_async
+        return func(*args, **(kwargs or {}))
+
+
+def fakes_on_cuda(tensors):
+    """In FakeTensorMode, which knows CUDA without a GPU."""
+    return {name: torch.empty(t.shape, dtype=t.dtype, device="cuda") for name, t in tensors.items()}
+
+
+OF_SHAPES = [name for name in ERRORS if "dtype" not in name and name != "no-channels" and name[:7] != "shapes-"]
+
+
+@pytest.mark.parametrize("name", [*OF_SHAPES, "shapes-rank", "shapes-columns"])
+def test_cuda_checks_shapes_before_it_asserts(name):
+    change, message = ERRORS[name]
+    tensors = change({**make(torch.float32), "spatial_shapes": torch.tensor(SHAPES)})
+    if not isinstance(tensors["spatial_shapes"], torch.Tensor):
+        tensors["spatial_shapes"] = torch.tensor(tensors["spatial_shapes"])
+    with FakeTensorMode(), Assertions() as assertions, pytest.raises(RuntimeError, match=message):
+        ms_deform_attn(**fakes_on_cuda(tensors))
+    assert assertions.count == 0
+
+
+def test_cuda_asserts_the_pixels():
+    tensors = {**make(torch.float32), "spatial_shapes": torch.tensor(SHAPES)}
+    with FakeTensorMode(), Assertions() as assertions:
+        assert ms_deform_attn(**fakes_on_cuda(tensors)).is_cuda
+    assert assertions.count == 1
 
 
 @pytest.mark.parametrize("shapes", PIXELS.values(), ids=PIXELS)
