@@ -89,6 +89,8 @@ def _check_shapes(value: Tensor, spatial_shapes: Tensor, sampling_locations: Ten
             raise RuntimeError(f"{name} must have shape {expected}, got {tuple(tensor.shape)}")
 
     check(value.dim() == 4, "value", value, "(N, sum of H * W, heads, D)")
+    if value.shape[2] < 1 or value.shape[3] < 1:
+        raise RuntimeError(f"value must have at least one head and one channel, got shape {tuple(value.shape)}")
     check(spatial_shapes.dim() == 2 and spatial_shapes.shape[1] == 2, "spatial_shapes", spatial_shapes, "(L, 2)")
     symbols = "(N, Q, heads, L, P, 2)"
     check(sampling_locations.dim() == 6, "sampling_locations", sampling_locations, symbols)
@@ -100,10 +102,18 @@ def _check_shapes(value: Tensor, spatial_shapes: Tensor, sampling_locations: Ten
     check(fits, "attention_weights", attention_weights, f"(N, Q, heads, L, P) = {shape}")
 
 
+def _check(value: Tensor, spatial_shapes: Tensor, sampling_locations: Tensor, attention_weights: Tensor) -> None:
+    """What the fake kernels check."""
+    check_devices(value, "value", sampling_locations=sampling_locations, attention_weights=attention_weights)
+    if spatial_shapes.device.type != "cpu":
+        check_devices(value, "value", spatial_shapes=spatial_shapes)
+    _check_shapes(value, spatial_shapes, sampling_locations, attention_weights)
+
+
 @torch.library.register_fake("dcn_plugin::ms_deform_attn")
 def _fake(value, spatial_shapes, sampling_locations, attention_weights):
     check_onnx_export("ms_deform_attn")
-    check_devices(value, "value", sampling_locations=sampling_locations, attention_weights=attention_weights)
+    _check(value, spatial_shapes, sampling_locations, attention_weights)
     batch, _, heads, channels = value.shape
     return value.new_empty(batch, sampling_locations.shape[1], heads * channels)
 
@@ -119,6 +129,8 @@ def _fake_backward(
     need_sampling,
     deterministic=False,
 ):
+    _check(value, spatial_shapes, sampling_locations, attention_weights)
+
     def gradient(needed, tensor):
         return tensor.new_empty(tensor.shape if needed else 0)
 

@@ -371,10 +371,13 @@ def fakes_on_cuda(tensors):
     return {name: torch.empty(t.shape, dtype=t.dtype, device="cuda") for name, t in tensors.items()}
 
 
-OF_SHAPES = [name for name in ERRORS if "dtype" not in name and name != "no-channels" and name[:7] != "shapes-"]
+OF_SHAPES = [
+    *("value-rank", "no-channels", "shapes-rank", "shapes-columns", "levels"),
+    *("locations-rank", "locations-batch", "locations-heads", "locations-xyz", "weights-points", "weights-queries"),
+]
 
 
-@pytest.mark.parametrize("name", [*OF_SHAPES, "shapes-rank", "shapes-columns"])
+@pytest.mark.parametrize("name", OF_SHAPES)
 def test_cuda_checks_shapes_before_it_asserts(name):
     change, message = ERRORS[name]
     tensors = change({**make(torch.float32), "spatial_shapes": torch.tensor(SHAPES)})
@@ -412,6 +415,29 @@ def test_mixed_devices(name, device):
     tensors[name] = tensors[name].to("meta")
     with pytest.raises(RuntimeError, match=f"{name} must be on value's device"):
         OURS(**tensors)
+
+
+def test_sizes_on_the_meta_device_serve_tensors_there_alone(device):
+    tensors, shapes = make(torch.float32, device), torch.tensor(SHAPES, device="meta")
+    with pytest.raises(RuntimeError, match="spatial_shapes must be on value's device .* got meta"):
+        ms_deform_attn(spatial_shapes=shapes, **tensors)
+    output = ms_deform_attn(spatial_shapes=shapes, **{name: t.to("meta") for name, t in tensors.items()})
+    assert output.is_meta
+
+
+@pytest.mark.parametrize("name", OF_SHAPES)
+def test_meta_tensors_of_wrong_shapes(name):
+    change, message = ERRORS[name]
+    tensors = change({**make(torch.float32), "spatial_shapes": torch.tensor(SHAPES)})
+    tensors = {name: t.to("meta") if name in NAMES else t for name, t in tensors.items()}
+    with pytest.raises(RuntimeError, match=message):
+        ms_deform_attn(**tensors)
+    tensors["spatial_shapes"] = torch.as_tensor(tensors["spatial_shapes"])
+    gradient = torch.empty(2, 7, 16, device="meta")
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.dcn_plugin.ms_deform_attn_backward(
+            gradient, tensors["value"], tensors["spatial_shapes"], *(tensors[name] for name in NAMES[1:]), True, True
+        )
 
 
 def test_meta_tensors_have_shapes_alone():
