@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import _compositions
 from ._derivatives import gradients_of, register_derivatives
-from ._library import check_devices, check_onnx_export, check_tensors, overridable, pair, register_autocast
+from ._library import check_devices, check_onnx_export, check_tensors, overridable, register_autocast
 
 HALF_TYPES = torch.float16, torch.bfloat16
 
@@ -34,7 +34,8 @@ def ms_deform_attn(
     Args:
         value: (N, sum of H * W, heads, D), the levels' maps one after the other, each row by row; float32, float64,
             float16 or bfloat16. Fastest where D is a multiple of 16.
-        spatial_shapes: (L, 2), each level's (H, W), as an int64 tensor on value's device or on the CPU, or as a list.
+        spatial_shapes: (L, 2), each level's (H, W), as a tensor on value's device or on the CPU, of int64 or
+            int32, or as a list.
         sampling_locations: (N, Q, heads, L, P, 2), x first, as shares of the map's width and height: float32, or
             float64 beside a float64 value. Half types are converted to float32.
         attention_weights: (N, Q, heads, L, P), in value's dtype or in float32.
@@ -61,19 +62,31 @@ def ms_deform_attn(
 
 
 def shapes_tensor(spatial_shapes: Tensor | Sequence[tuple[int, int]]) -> Tensor:
-    """(L, 2), of what :func:`ms_deform_attn` takes."""
+    """(L, 2) in int64, of what :func:`ms_deform_attn` takes."""
     if isinstance(spatial_shapes, Tensor):
-        return spatial_shapes
-    if not isinstance(spatial_shapes, (list, tuple)) or not all(
-        isinstance(size, (list, tuple)) for size in spatial_shapes
-    ):
+        return spatial_shapes.long() if spatial_shapes.dtype is torch.int32 else spatial_shapes
+    if not isinstance(spatial_shapes, (list, tuple)) or not all(map(_is_size, spatial_shapes)):
         raise ValueError(
             f"spatial_shapes must be a tensor of shape (L, 2) or pairs of integers (H, W), got {spatial_shapes!r}"
         )
-    sizes = [pair(size, "each of spatial_shapes") for size in spatial_shapes]
-    if any(isinstance(n, torch.SymInt) for size in sizes for n in size):  # torch.tensor would make them constants
-        return torch.stack([torch.scalar_tensor(n, dtype=torch.int64) for size in sizes for n in size]).view(-1, 2)
-    return torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2)
+    numbers = [n for size in spatial_shapes for n in size]
+    if any(isinstance(n, (Tensor, torch.SymInt)) for n in numbers):  # torch.tensor would make them constants
+        return torch.stack([_scalar(n) for n in numbers]).view(-1, 2)
+    return torch.tensor([int(n) for n in numbers], dtype=torch.int64).view(-1, 2)
+
+
+def _is_size(size) -> bool:
+    return isinstance(size, (list, tuple)) and len(size) == 2 and all(map(_is_integer, size))
+
+
+def _is_integer(n) -> bool:
+    if isinstance(n, Tensor):  # as torch.jit.trace has sizes
+        return n.dim() == 0 and n.dtype in (torch.int32, torch.int64)
+    return isinstance(n, (int, torch.SymInt)) or hasattr(n, "__index__")
+
+
+def _scalar(n) -> Tensor:
+    return n.to("cpu", torch.int64) if isinstance(n, Tensor) else torch.scalar_tensor(n, dtype=torch.int64)
 
 
 def _are_maps_of(spatial_shapes: Tensor, keys: int) -> Tensor:

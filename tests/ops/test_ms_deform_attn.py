@@ -123,8 +123,32 @@ def test_any_layout_of_the_output_gradient(device):
 def test_spatial_shapes_as_a_tensor_anywhere(device):
     tensors, shapes = make(torch.float32, device), torch.tensor(SHAPES)
     expected = OURS(**tensors)
-    for given in (shapes, shapes.to(device), shapes.repeat(1, 2)[:, :2], [list(s) for s in SHAPES], tuple(SHAPES)):
+    lists = [list(s) for s in SHAPES], tuple(SHAPES), [tuple(s) for s in shapes.numpy()], [tuple(s) for s in shapes]
+    for given in (shapes, shapes.to(device), shapes.repeat(1, 2)[:, :2], shapes.int(), shapes.int().to(device), *lists):
         assert torch.equal(ms_deform_attn(spatial_shapes=given, **tensors), expected)
+
+
+class AttentionToMaps(torch.nn.Module):
+    """With the sizes that the maps have, as models know them; those of another are constants."""
+
+    def forward(self, maps, more, sampling_locations, attention_weights):
+        shapes = [maps.shape[2:], (more.shape[2], more.shape[3]), (1, 2)]
+        value = torch.cat([maps.flatten(2), more.flatten(2), maps.new_ones(*maps.shape[:2], 2)], 2)
+        value = value.transpose(1, 2).unflatten(-1, (2, 8))
+        return ms_deform_attn(value, shapes, sampling_locations, attention_weights)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_traces_with_the_sizes_of_its_maps(device):
+    tensors = make(torch.float32, device)
+    sampling = [tensors[name].requires_grad_() for name in NAMES[1:]]
+
+    def maps(*size):
+        return torch.randn(2, 16, *size, device=device)
+
+    traced = torch.jit.trace(AttentionToMaps(), (maps(6, 9), maps(3, 5), *sampling))
+    others = maps(4, 7), maps(2, 6), *sampling
+    assert torch.equal(traced(*others), AttentionToMaps()(*others))
 
 
 EMPTY = {
@@ -313,10 +337,12 @@ ERRORS = {
     "shapes-rank": (_change(spatial_shapes=lambda t: t[0]), r"spatial_shapes must have shape \(L, 2\), got \(2,\)"),
     "shapes-columns": (_change(spatial_shapes=lambda t: t[:, :1]), r"spatial_shapes .* \(L, 2\), got \(3, 1\)"),
     "shapes-dtype": (_change(spatial_shapes=lambda t: t.float()), "spatial_shapes must be int64, got Float"),
+    "shapes-tensors": (_shapes([torch.ones(2)]), r"spatial_shapes must be .* pairs of integers \(H, W\), got \[tensor"),
+    "shapes-fractions": (_shapes([tuple(torch.ones(2))]), "spatial_shapes must be .* pairs of integers"),
     "shapes-number": (_shapes(3), r"spatial_shapes must be a tensor of shape \(L, 2\) or pairs of integers"),
     "shapes-flat": (_shapes([3, 4]), r"spatial_shapes must be a tensor of shape \(L, 2\) or pairs of integers"),
-    "shapes-triples": (_shapes([(3, 4, 5)]), r"each of spatial_shapes must be .* two integers, got \(3, 4, 5\)"),
-    "shapes-floats": (_shapes([(3, 4.5)]), r"each of spatial_shapes must be .* two integers, got \(3, 4.5\)"),
+    "shapes-triples": (_shapes([(3, 4, 5)]), r"spatial_shapes must .* pairs of integers \(H, W\), got \[\(3, 4, 5\)\]"),
+    "shapes-floats": (_shapes([(3, 4.5)]), r"spatial_shapes must .* pairs of integers \(H, W\), got \[\(3, 4.5\)\]"),
     "levels": (_shapes([(7, 10), (1, 1)]), LOCATIONS + r" = \(2, 7, 2, 2, 4, 2\), got \(2, 7, 2, 3, 4, 2\)"),
     "locations-rank": (_change(sampling_locations=lambda t: t[0]), LOCATIONS + r", got \(7, 2, 3, 4, 2\)"),
     "locations-batch": (_change(sampling_locations=lambda t: t[:1]), LOCATIONS + r".*got \(1, 7, 2, 3, 4, 2\)"),
