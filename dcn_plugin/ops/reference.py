@@ -7,6 +7,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.modules.utils import _pair
 
 
@@ -29,6 +30,8 @@ def _sample_zero_padded(maps: Tensor, size, y: Tensor, x: Tensor, start: Tensor 
     counts = (y > -1) & (y < height) & (x > -1) & (x < width)
     # Positions and pixels that do not count are replaced before any arithmetic: autograd would multiply their NaN by 0.
     y, x = y.where(counts, 0), x.where(counts, 0)
+    if maps.shape[2] == 0:
+        maps = F.pad(maps, (0, 1))  # gather needs a pixel, though no sample counts
     top, left = y.detach().floor(), x.detach().floor()
     total = maps.new_zeros(())
     for row, weight_y in ((top, 1 - (y - top)), (top + 1, y - top)):

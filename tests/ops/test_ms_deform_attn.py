@@ -171,6 +171,19 @@ def test_empty(sizes, device):
         assert not gradients[name].any()
 
 
+@pytest.mark.parametrize("sizes", EMPTY.values(), ids=EMPTY)
+def test_second_derivatives_of_empty(sizes, device):
+    tensors = make(device=device, **sizes)
+    shapes = torch.tensor(sizes.get("shapes", SHAPES), dtype=torch.int64).view(-1, 2)
+    leaves = [t.requires_grad_() for t in tensors.values()]
+    for function in (ms_deform_attn, reference.ms_deform_attn):
+        output = function(spatial_shapes=shapes, **tensors)
+        first = torch.autograd.grad(output.sin().sum(), leaves, create_graph=True, materialize_grads=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves, materialize_grads=True)
+        for leaf, *gradients in zip(leaves, first, second, strict=True):
+            assert all(g.shape == leaf.shape and not g.any() for g in gradients)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_pixels_that_nothing_samples_may_hold_anything(value, device):
     tensors = make(torch.float32, device, channels=20, shapes=[(5, 6), (4, 4)])
