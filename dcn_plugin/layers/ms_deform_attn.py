@@ -37,7 +37,7 @@ class MultiScaleDeformableAttention(nn.Module):
         value_proj_ratio: width of the values over ``embed_dims``.
 
     Raises:
-        ValueError: heads that do not divide the width of queries or values.
+        ValueError: no heads, or heads that do not divide the width of queries or values.
     """
 
     # If set, called with (spatial_shapes, reference_points, sampling_locations, None): the operator is about to get the
@@ -60,6 +60,8 @@ class MultiScaleDeformableAttention(nn.Module):
         value_proj_ratio: float = 1.0,
     ):
         super().__init__()
+        if num_heads < 1:
+            raise ValueError(f"num_heads must be positive, got {num_heads}")
         value_dims = int(embed_dims * value_proj_ratio)
         for name, width in (("embed_dims", embed_dims), ("embed_dims * value_proj_ratio", value_dims)):
             if width % num_heads:
@@ -130,7 +132,7 @@ class MultiScaleDeformableAttention(nn.Module):
             (N, Q, embed_dims).
 
         Raises:
-            ValueError: no reference points or spatial shapes, or reference points of another shape.
+            ValueError: no reference points or spatial shapes, or these or the mask of another shape.
             RuntimeError: (the operator) shapes, dtypes or devices that do not fit together.
         """
         if residual is not None:
@@ -139,6 +141,11 @@ class MultiScaleDeformableAttention(nn.Module):
         if reference_points is None or spatial_shapes is None:
             raise ValueError("needs reference_points and spatial_shapes")
         spatial_shapes = shapes_tensor(spatial_shapes)
+        if tuple(spatial_shapes.shape) != (self.num_levels, 2):
+            raise ValueError(
+                f"spatial_shapes must have shape (num_levels, 2) = {(self.num_levels, 2)}, "
+                f"got {tuple(spatial_shapes.shape)}"
+            )
         value = query if value is None else value
         identity = query if identity is None else identity
         query = query if query_pos is None else query + query_pos
@@ -147,6 +154,11 @@ class MultiScaleDeformableAttention(nn.Module):
 
         value = self.value_proj(value)
         if key_padding_mask is not None:
+            if key_padding_mask.shape != value.shape[:2]:
+                raise ValueError(
+                    f"key_padding_mask must have shape (N, S) = {tuple(value.shape[:2])}, "
+                    f"got {tuple(key_padding_mask.shape)}"
+                )
             value = value.masked_fill(key_padding_mask.bool()[..., None], 0)
         value = value.unflatten(-1, (self.num_heads, -1))
         locations = self._sampling_locations(query, reference_points, spatial_shapes, value.dtype)
@@ -173,8 +185,8 @@ class MultiScaleDeformableAttention(nn.Module):
         offsets = offsets.unflatten(-1, (self.num_heads, self.num_levels, self.num_points, 2))
         reference = reference_points.to(dtype)[:, :, None, :, None]
         if reference.shape[-1] == 2:
-            sizes = spatial_shapes.to(offsets.device).flip(-1)  # W, H
-            locations = reference + offsets / sizes[:, None]
+            sizes = spatial_shapes.to(offsets.device, non_blocking=True).flip(-1)  # W, H
+            locations = reference + offsets / sizes.clamp(min=1)[:, None]  # an empty level has no pixels to divide by
         else:
             locations = reference[..., :2] + offsets / self.num_points * reference[..., 2:] * 0.5
         if self.observer is not None:

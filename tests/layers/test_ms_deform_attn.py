@@ -177,7 +177,19 @@ def test_offsets_are_pixels_of_the_level_x_first():
         (dict(spatial_shapes=None), ValueError, "needs reference_points and spatial_shapes"),
         (dict(reference_points=torch.zeros(2, 7, 2, 3)), ValueError, r"must be .2, 7, 2, 2. or .2, 7, 2, 4., got"),
         (dict(reference_points=torch.zeros(2, 7, 3, 2)), ValueError, r"got \(2, 7, 3, 2\)"),
-        (dict(spatial_shapes=torch.tensor([(6, 9), (3, 4)])), RuntimeError, "value|spatial_shapes"),
+        (
+            dict(spatial_shapes=torch.tensor([(6, 9), (3, 4)])),
+            RuntimeError,
+            r"spatial_shapes must have as many pixels as value has keys, got 6 x 9, 3 x 4 and .* \(2, 69, 4, 4\)",
+        ),
+        (
+            dict(spatial_shapes=[(6, 9), (3, 4), (1, 3)]),
+            ValueError,
+            r"spatial_shapes .*num_levels, 2\) = \(2, 2\), got \(3, 2",
+        ),
+        (dict(spatial_shapes=[(1, 69)]), ValueError, r"spatial_shapes .*num_levels, 2\) = \(2, 2\), got \(1, 2\)"),
+        (dict(key_padding_mask=torch.zeros(69, 2)), ValueError, r"key_padding_mask .* = \(2, 69\), got \(69, 2\)"),
+        (dict(key_padding_mask=torch.zeros(2, 68)), ValueError, r"key_padding_mask .* = \(2, 69\), got \(2, 68\)"),
     ],
 )
 def test_errors(changed, error, message):
@@ -189,6 +201,22 @@ def test_errors(changed, error, message):
 def test_heads_must_divide_the_widths(options):
     with pytest.raises(ValueError, match="must be divisible by num_heads"):
         MultiScaleDeformableAttention(**options)
+
+
+@pytest.mark.parametrize("heads", [0, -1])
+def test_heads_must_be_positive(heads):
+    with pytest.raises(ValueError, match=f"num_heads must be positive, got {heads}"):
+        MultiScaleDeformableAttention(num_heads=heads)
+
+
+def test_an_empty_level_is_sampled_as_zeros():
+    layer, given = make(), arguments()
+    shapes = torch.tensor([(PIXELS, 1), (0, 5)])
+    output = layer(**given | dict(spatial_shapes=shapes))
+    output.square().sum().backward()
+    assert output.isfinite().all() and all(p.grad.isfinite().all() for p in layer.parameters())
+    offsets = layer.sampling_offsets.weight.grad.view(4, len(SHAPES), -1)
+    assert offsets[:, 0].any() and not offsets[:, 1].any()
 
 
 def test_copies_and_pickles():
