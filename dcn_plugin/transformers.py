@@ -8,7 +8,7 @@
 
 Deformable DETR, RT-DETR, Grounding DINO, MM Grounding DINO, OmDet-Turbo, LW-DETR, RF-DETR and PP-DocLayout have a
 module for it, MultiScaleDeformableAttention, which has no parameters: checkpoints and configs stay as they are.
-RT-DETRv2 and D-FINE call functions of their own and are not reached.
+RT-DETRv2, D-FINE, DEIMv2, Mask2Former and OneFormer call functions of their own and are not reached.
 """
 
 from torch import Tensor, nn
