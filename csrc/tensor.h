@@ -79,18 +79,19 @@ inline double bytes_of(ScalarType type) {
   }
 }
 
-// The error of a tensor on like's device that could not be allocated: the ABI says no more than "API call failed".
-inline std::runtime_error out_of_memory(const Tensor& like, Sizes size, ScalarType type) {
+// The error of a tensor on like's device that could not be made: the ABI says no more than "API call failed". On CUDA
+// libtorch's own text, where it can be had, tells a lack of memory from an earlier error of the GPU.
+inline std::runtime_error allocation_error(const Tensor& like, Sizes size, ScalarType type) {
   std::ostringstream text;
   if (like.is_cuda() && torch_exception_get_what_without_backtrace) {
-    // It also tells an earlier error of the GPU from a lack of memory.
     text << torch_exception_get_what_without_backtrace() << " (a tensor of shape " << size << ')';
-  } else {
-    double bytes = bytes_of(type);
-    for (const int64_t n : size) bytes *= static_cast<double>(n);
-    text << (like.is_cuda() ? "CUDA out of memory. Tried to allocate " : "out of memory: cannot allocate ")
-         << bytes / (1 << 30) << " GiB, a tensor of shape " << size;
+    return std::runtime_error(text.str());
   }
+  double bytes = bytes_of(type);
+  for (const int64_t n : size) bytes *= static_cast<double>(n);
+  text << (like.is_cuda() ? "could not allocate, or convert to, " : "out of memory: cannot allocate ")
+       << bytes / (1 << 30) << " GiB, a tensor of shape " << size;
+  if (like.is_cuda()) text << ": the GPU's memory does not suffice, or an earlier kernel failed";
   return std::runtime_error(text.str());
 }
 
@@ -99,7 +100,7 @@ inline Tensor as(const Tensor& t, ScalarType type, MemoryFormat format = MemoryF
     const Tensor converted = t.scalar_type() == type ? t : torch::stable::to(t, type);
     return torch::stable::contiguous(converted, format);
   } catch (const std::exception&) {
-    throw out_of_memory(t, sizes(t), type);
+    throw allocation_error(t, sizes(t), type);
   }
 }
 
@@ -111,7 +112,7 @@ inline Tensor empty(const Tensor& like, IntList size, ScalarType type, MemoryFor
   try {
     return torch::stable::empty({size.data(), size.size()}, type, std::nullopt, like.device(), std::nullopt, format);
   } catch (const std::exception&) {
-    throw out_of_memory(like, sizes(size), type);
+    throw allocation_error(like, sizes(size), type);
   }
 }
 
