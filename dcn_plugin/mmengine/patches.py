@@ -53,7 +53,7 @@ def get_installed_path(package: str) -> str:
     """The folder of a package, which may be named by its distribution: 'mmcv-full' is that of mmcv.
 
     Raises:
-        PackageNotFoundError: nothing of this name is installed.
+        ModuleNotFoundError: nothing of this name is installed.
         RuntimeError: it is a namespace package, or a distribution that names no package.
     """
     spec = find_spec(package)
