@@ -37,7 +37,7 @@ ITERATION = re.compile(r"Epoch\(train\)\s+\[(\d+)\]\[\s*(\d+)/(\d+)\].*?eta: ([\
 class Progress:
     """Turns the lines of a training's log into a few of epoch, loss and time left."""
 
-    def __init__(self, epochs, lines=12):
+    def __init__(self, epochs, lines=8):
         self.epochs, self.lines, self.shown = epochs, lines, -1
 
     def __call__(self, line):
