@@ -101,7 +101,6 @@ def surroundings(monkeypatch):
     torch.set_num_threads(1)  # these images are too small to share
     yield
     torch.set_num_threads(threads)
-    mmcv_ops.restore()
     DefaultScope._instance_dict.clear()
 
 
