@@ -82,7 +82,7 @@ def _is_size(size) -> bool:
 def _is_integer(n) -> bool:
     if isinstance(n, Tensor):  # as torch.jit.trace has sizes
         return n.dim() == 0 and n.dtype in (torch.int32, torch.int64)
-    return isinstance(n, (int, torch.SymInt)) or hasattr(n, "__index__")
+    return hasattr(n, "__index__")
 
 
 def _scalar(n) -> Tensor:

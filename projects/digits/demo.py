@@ -15,20 +15,19 @@ import statistics
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import cv2
-import mmdet
 import numpy as np
 from mmengine.config import Config
+
+import dcn_plugin.mmengine  # noqa: F401  finds configs of packages with any setuptools
 
 HERE = Path(__file__).parent
 # What compare.py measured, of this config's detector and others.
 RECORDED, COMPARED = HERE / "results.json", "fcos_r18-dcnv2_deformed-digits"
 KINDS = {"data/digits": "regular", "data/deformed-digits": "deformed"}
-TOOLS = Path(mmdet.__file__).parent / ".mim" / "tools"
-TOOL = ("-m", "dcn_plugin.mmdet")  # runs a tool where mmcv is mmcv-lite too
+TOOL = ("-m", "dcn_plugin.mmdet")  # finds mmdet's tools, and runs them where mmcv is mmcv-lite too
 # OpenMP's threads spin while they wait: beside one busy process a training then takes ten times as long.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", **os.environ}
 ITERATION = re.compile(r"Epoch\(train\)\s+\[(\d+)\]\[\s*(\d+)/(\d+)\].*?eta: ([\d:]+).*?\sloss: ([\d.]+)")
@@ -100,7 +99,7 @@ def train(what, work_dir, path, load_from, force, **options):
         (work_dir / "config.txt").write_text(text)
     run(
         f"{'Going on with' if checkpoint else 'Training'} {what} (mmdet's tools/train.py)",
-        *(*TOOL, TOOLS / "train.py", path, "--work-dir", work_dir, *start),
+        *(*TOOL, "tools/train.py", path, "--work-dir", work_dir, *start),
         progress=Progress(config.max_epochs),
         **options,
     )
@@ -117,7 +116,7 @@ def test(work_dir, config, checkpoint, **options):
     shutil.rmtree(out, ignore_errors=True)
     run(
         "Testing the checkpoint (half a minute; mmdet's tools/test.py)",
-        *(*TOOL, TOOLS / "test.py", config, checkpoint, "--work-dir", out, "--show-dir", "pictures"),
+        *(*TOOL, "tools/test.py", config, checkpoint, "--work-dir", out, "--show-dir", "pictures"),
         *("--cfg-options", "default_hooks.visualization.score_thr=0.25"),
         **options,
     )
@@ -151,7 +150,6 @@ def parse_args():
 
 def main():
     args = parse_args()
-    warnings.filterwarnings("ignore", "pkg_resources is deprecated")  # MMEngine imports it for configs of packages
     options = dict(log=args.work_dir / "demo.log", verbose=args.verbose)
     config, start = load(args.config), None
     data = config.data_root.rstrip("/")
