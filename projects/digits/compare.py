@@ -23,6 +23,7 @@ CONFIG = ROOT / "configs/digits/fcos_r18_deformed-digits.py"
 TWO_STAGE = ROOT / "configs/digits/faster-rcnn_r18-deform-roi-align_deformed-digits.py"
 SEMANTIC = ROOT / "configs/digits/semantic-fpn_r18-dcnv2_deformed-digits.py"
 DATA = ROOT / "data/deformed-digits"
+UPRIGHT = ROOT / "data/upright-digits"
 SIZES = dict(small=(0, 24), medium=(24, 40), large=(40, 1e5))  # pixels, square root of a box's area
 AP = ["AP", "AP50", "AP75", *(f"AP {size}" for size in SIZES)]
 METRICS = [*AP, "mIoU"]
@@ -31,12 +32,16 @@ SCRATCH, TWIN, DEMO = "plain", "plain, tuned from plain", "DCNv2 c3-c4, tuned fr
 
 
 class Arm(NamedTuple):
-    """A model as changes of a config, the arm to compare it with, and the one whose weights it starts from, if any."""
+    """A model as changes of a config, the arm to compare it with, and the one whose weights it starts from, if any.
+
+    It is trained on ``data``, and tested on DATA.
+    """
 
     options: dict[str, Any]
     twin: str | None = None
     start: str | None = None
     config: Path = CONFIG
+    data: Path = DATA
 
 
 def deformable(kind, *targets):
@@ -71,6 +76,11 @@ ARMS = {
     ),
     "plain, dilated c4, tuned from plain": Arm(DILATED, TWIN, start=SCRATCH),
     "plain, wider, tuned from plain, wider": Arm(WIDER, TWIN, start="plain, wider"),
+    "plain, upright digits": Arm({}, data=UPRIGHT),
+    "plain, upright digits, tuned": Arm({}, start="plain, upright digits", data=UPRIGHT),
+    "DCNv2 c3-c4, upright digits, tuned": Arm(
+        {**DCNV2, **FULL_RATE}, "plain, upright digits, tuned", start="plain, upright digits", data=UPRIGHT
+    ),
     "RoI align": Arm(STRAIGHT, config=TWO_STAGE),
     "deformable RoI align": Arm({}, "RoI align", config=TWO_STAGE),
     "segmentation, plain": Arm(PLAIN, config=SEMANTIC),
@@ -94,6 +104,7 @@ def configure(arm, seed, work_dir):
     for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
         loader.update(num_workers=0, persistent_workers=False)
         loader.dataset.data_root = f"{DATA}/"
+    config.train_dataloader.dataset.data_root = f"{arm.data}/"
     if arm.config != SEMANTIC:
         config.val_evaluator.update(ann_file=f"{DATA}/val.json", outfile_prefix=str(work_dir / "found"))
     return config
@@ -234,7 +245,7 @@ def plot(results, path):
     style = {"svg.fonttype": "none", "svg.hashsalt": "dcn_plugin", "axes.spines.top": False, "axes.spines.right": False}
     with plt.rc_context(style):
         figure, (over, along) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(1, 1))
-        tuned = {name: rows for name, rows in results.items() if ARMS[name].start}
+        tuned = {name: rows for name, rows in results.items() if ARMS[name].start and ARMS[name].data == DATA}
         for i, (name, rows) in enumerate(tuned.items()):
             mean, macs = statistics.mean(row["AP"] for row in rows.values()), next(iter(rows.values()))["macs"] / 1e6
             deviation = statistics.stdev(row["AP"] for row in rows.values()) if len(rows) > 1 else 0
@@ -298,7 +309,8 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "results.json"
     results = json.loads(file.read_text()) if file.exists() else {}
-    subprocess.run([sys.executable, HERE / "make_dataset.py", "--kind", "deformed"], cwd=ROOT, check=True)
+    for kind in ("deformed", "upright"):
+        subprocess.run([sys.executable, HERE / "make_dataset.py", "--kind", kind], cwd=ROOT, check=True)
     todo, start, done = missing(results, args.arms, args.seeds), time.monotonic(), 0
     with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
         # What starts from another's weights waits for all the others.

@@ -70,6 +70,10 @@ KINDS = {
         by_writer=True,
     ),
 }
+# The same scenes and writers, but its digits are as they were written, and of one size.
+KINDS["upright"] = KINDS["deformed"]._replace(
+    folder="data/upright-digits", height=(30, 30), rotation=0, shear=0, aspect=0, bend=0
+)
 
 
 def enlarge(scan):

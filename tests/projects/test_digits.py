@@ -98,6 +98,12 @@ def test_deformed_digits_are_by_others_and_vary_more(deformed):
     assert max(sides) > 2.5 * min(sides)
 
 
+def test_upright_digits_are_of_one_size(tmp_path):
+    make(tmp_path, "--kind", "upright")
+    heights = [one["bbox"][3] for one in json.loads((tmp_path / "train.json").read_text())["annotations"]]
+    assert len(heights) > 6 and min(heights) > 24 and max(heights) < 36
+
+
 def config(name, data, work_dir):
     cfg = Config.fromfile(ROOT / "configs/digits" / f"{name}.py")
     cfg.work_dir = str(work_dir)
@@ -287,11 +293,14 @@ def test_the_arms_build_what_they_say():
     compare = load_program("compare")
     for name, arm in compare.ARMS.items():
         cfg = compare.configure(arm, 0, Path("work"))
+        roots = [cfg[f"{split}_dataloader"].dataset.data_root for split in ("train", "val", "test")]
+        assert roots == [f"{arm.data}/", f"{compare.DATA}/", f"{compare.DATA}/"]
         kinds = {type(m).__name__ for m in MODELS.build(dict(cfg.model, _scope_="mmdet")).modules()}
         assert ("ModulatedDeformConv2dPack" in kinds) == ("DCNv2" in name)
         assert ("DeformConv2dPack" in kinds) == ("DCN " in name)
         assert ("ModulatedDeformRoIAlignPack" in kinds) == ("deformable RoI" in name)
-        assert arm.start is None or compare.ARMS[arm.start].start is None
+        start = compare.ARMS.get(arm.start)
+        assert start is None or (start.start is None and start.data == arm.data)
 
 
 def test_ap_by_size(tmp_path):
