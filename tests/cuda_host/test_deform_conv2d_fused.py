@@ -26,6 +26,7 @@ SHAPES = {
     "small tile": (1, 8, 4, 4, 72, (3, 3), 1, 1, 1, 1, 1, True),
     "square tile": (1, 8, 13, 12, 72, (1, 2), 1, 0, 1, 1, 1, True),
     "wide tile": (1, 8, 12, 12, 136, (1, 1), 1, 0, 1, 1, 1, True),
+    "low wide tile": (1, 8, 9, 9, 136, (1, 1), 1, 0, 1, 1, 1, True),
     "two wide tiles": (1, 8, 9, 9, 264, (1, 1), 1, 0, 1, 1, 1, False),
     "groups": (2, 16, 5, 5, 16, (3, 3), 1, 1, 1, 2, 1, True),
     "deform groups": (1, 32, 5, 5, 8, (3, 3), 1, 1, 1, 1, 4, True),
@@ -118,7 +119,9 @@ def test_repeatable_without_grad_input(cuda_host, name):
 
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize(
-    "name", ["one vector", "ragged slab", "square tile", "wide tile", "both, indivisible", "stride and dilation", "v1"]
+    "name",
+    ["one vector", "ragged slab", "square tile", "wide tile", "low wide tile", "both, indivisible"]
+    + ["stride and dilation", "v1"],
 )
 def test_tf32(cuda_host, name, channels_last):
     tensors, geometry, grad_output = make(SHAPES[name], torch.float32, channels_last)

@@ -21,6 +21,7 @@ CASES = {
     "D 3": (1, 4, 2, 3, MAPS, 4),
     "D 1": (2, 3, 5, 1, MAPS, 1),
     "D 100": (1, 3, 2, 100, MAPS, 4),
+    "D 128": (1, 3, 2, 128, MAPS, 4),
     "D 264": (1, 2, 1, 264, MAPS[:1], 5),
     "pixels' queries": (1, PIXELS, 2, 32, MAPS, 4),
     "pixels' queries of several strips": (1, 150 + 27 + 2, 1, 32, ((10, 15), (9, 3), (1, 2)), 2),
@@ -80,7 +81,7 @@ def test_cases(cuda_host, name):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("name", ["D 32", "D 64", "D 8", "D 3", "D 100"])
+@pytest.mark.parametrize("name", ["D 3", "D 8", "D 16", "D 32", "D 64", "D 100", "D 128", "D 264"])
 def test_dtypes(cuda_host, name, dtype):
     check(cuda_host, make(CASES[name], dtype), order=11)
 
