@@ -83,6 +83,8 @@ ARMS = {
     ),
     "RoI align": Arm(STRAIGHT, config=TWO_STAGE),
     "deformable RoI align": Arm({}, "RoI align", config=TWO_STAGE),
+    "RoI align, tuned": Arm(STRAIGHT, start="RoI align", config=TWO_STAGE),
+    "deformable RoI align, tuned from RoI align": Arm({}, "RoI align, tuned", start="RoI align", config=TWO_STAGE),
     "segmentation, plain": Arm(PLAIN, config=SEMANTIC),
     "segmentation, plain, dilated c4": Arm({**PLAIN, **DILATED}, "segmentation, plain", config=SEMANTIC),
     "segmentation, DCNv2 c3-c4": Arm(DCNV2, "segmentation, plain", config=SEMANTIC),
