@@ -19,7 +19,7 @@ from dcn_plugin.sampling import ps_roi_pool_edges, roi_align_edges
 from .attention import Attention, AttentionPoints
 from .points import Points
 from .recording import Convolution, Pooling
-from .scene import Scene
+from .scene import Scene, apart, overlap
 
 DPI = 150
 PANEL = 2.4  # inches, the longer side of a picture
@@ -81,7 +81,7 @@ def sampling_points_figure(
 
     A sample's size and opacity grow with its weight; one outside the map is not drawn.
     """
-    figure, axes = _panels(scene, len(places), len(convolutions))
+    figure, axes = _panels(scene.image.shape[:2], len(places), len(convolutions))
     for row, place in zip(axes, places, strict=True):
         for ax, convolution in zip(row, convolutions, strict=True):
             _show(ax, scene)
@@ -109,7 +109,7 @@ def attention_figure(scene: Scene, places: Sequence[Place], attentions: Sequence
 
     Samples of all levels are drawn, their size and opacity growing with their weight; those outside a map are not.
     """
-    figure, axes = _panels(scene, len(places), len(attentions))
+    figure, axes = _panels(scene.image.shape[:2], len(places), len(attentions))
     grey = _grey(scene.image)
     for row, place in zip(axes, places, strict=True):
         for ax, attention in zip(row, attentions, strict=True):
@@ -141,7 +141,7 @@ def receptive_fields_figure(scene: Scene, places: Sequence[Place], convolutions:
     """
     wanted = [(conv, scene.position(conv, place)) for place in places for conv in convolutions]
     pairs = list(zip(*(scene.receptive_fields(wanted, straight) for straight in (True, False)), strict=True))
-    figure, axes = _panels(scene, len(places), 2 * len(convolutions))
+    figure, axes = _panels(scene.image.shape[:2], len(places), 2 * len(convolutions))
     grey = _grey(scene.image)
     for number, (convolution, _) in enumerate(wanted):
         row, column = divmod(number, len(convolutions))
@@ -167,10 +167,10 @@ def rois_figure(scene: Scene, count: int = 3) -> Figure | None:
     The opacity of a moved bin is its mask. Of a layer that moves bins class by class, those of the detection's class.
     None where no RoI was pooled deformably.
     """
-    chosen = [(k, found) for k in _apart(scene.boxes) if (found := _roi_of(scene, scene.boxes[k]))][:count]
+    chosen = [(k, found) for k in apart(scene.boxes) if (found := _roi_of(scene, scene.boxes[k]))][:count]
     if not chosen:
         return None
-    figure, axes = _panels(scene, len(chosen), 2)
+    figure, axes = _panels((1, 1), len(chosen), 2)
     for row, (k, (pooling, index)) in zip(axes, chosen, strict=True):
         bins, straight = _bins(scene, pooling, index, int(scene.labels[k]))
         mask = torch.ones(bins.shape[:2]) if pooling.mask is None else pooling.mask[index, 0]
@@ -179,19 +179,18 @@ def rois_figure(scene: Scene, count: int = 3) -> Figure | None:
             (row[0], straight, STRAIGHT, torch.ones_like(mask)),
             (row[1], bins, SAMPLE, mask),
         ):
-            ax.imshow(scene.image, interpolation="bicubic")
+            ax.imshow(_faded(scene.image), interpolation="bicubic")
             ax.set_facecolor("0.92")
             for (x1, y1, x2, y2), alpha in zip(boxes.flatten(0, 1).tolist(), opacity.flatten().tolist(), strict=True):
                 face, edge = colors.to_rgba(colour, 0.12 * alpha), colors.to_rgba(colour, 0.25 + 0.75 * alpha)
-                ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, facecolor=face, edgecolor=edge, linewidth=0.5))
+                ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, facecolor=face, edgecolor=edge, linewidth=0.7))
             (x1, y1), (x2, y2) = straight[0, 0, :2].tolist(), straight[-1, -1, 2:].tolist()
             ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=POSITION, linewidth=1.0))
             _zoom(ax, torch.cat([straight.flatten(0, 1), bins.flatten(0, 1)]))
         label = int(scene.labels[k])
         name = scene.classes[label] if label < len(scene.classes) else str(label)
-        row[0].set_ylabel(f"{name}, {float(scene.scores[k]):.2f}")
-    axes[0][0].set_title("straight bins")
-    axes[0][1].set_title(f"moved bins\n{chosen[0][1][0].name}")
+        row[0].set_title(f"{name}, {float(scene.scores[k]):.2f}\nstraight bins")
+        row[1].set_title(f"{pooling.name}\nmoved bins")
     return figure
 
 
@@ -207,7 +206,7 @@ def offsets_figure(scene: Scene, convolution: Convolution) -> Figure:
     offset = offset.nan_to_num(0, 0, 0)
     largest = float(offset.norm(dim=2).max())
     panels = 2 if convolution.mask is None else 3
-    figure, axes = _panels(scene, 1, panels)
+    figure, axes = _panels(scene.image.shape[:2], 1, panels)
     arrows, taps = axes[0][:2]
 
     arrows.imshow(255 - (255 - _grey(scene.image)) * 0.6, cmap="gray", vmin=0, vmax=255)
@@ -258,8 +257,9 @@ def save(figure: Figure, path, **options) -> None:
     figure.savefig(path, dpi=DPI, bbox_inches="tight", pad_inches=0.02, **options)
 
 
-def _panels(scene: Scene, rows: int, columns: int) -> tuple[Figure, np.ndarray]:
-    height, width = scene.image.shape[:2]
+def _panels(shape: tuple[int, int], rows: int, columns: int) -> tuple[Figure, np.ndarray]:
+    """A figure and its axes, each for a picture of this shape (height, width)."""
+    height, width = shape
     panel_w, panel_h = PANEL * width / max(height, width), PANEL * height / max(height, width)
     size = columns * (panel_w + 0.06), rows * (panel_h + 0.06) + 0.5
     layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.03, wspace=0.01, hspace=0.01)
@@ -273,7 +273,7 @@ def _panels(scene: Scene, rows: int, columns: int) -> tuple[Figure, np.ndarray]:
 
 
 def _show(ax: Axes, scene: Scene) -> None:
-    ax.imshow(scene.image)
+    ax.imshow(_faded(scene.image))
     _frame(ax, scene)
 
 
@@ -283,9 +283,9 @@ def _frame(ax: Axes, scene: Scene) -> None:
 
 
 def _zoom(ax: Axes, boxes: Tensor) -> None:
-    """Looks at boxes and as much around them as they are large, within a square."""
+    """Looks at boxes and a little around them, within a square."""
     low, high = boxes[:, :2].amin(0), boxes[:, 2:].amax(0)
-    (x, y), half = ((low + high) / 2).tolist(), 0.65 * float((high - low).max())
+    (x, y), half = ((low + high) / 2).tolist(), 0.55 * float((high - low).max())
     ax.set(xlim=(x - half, x + half), ylim=(y + half, y - half))
 
 
@@ -296,6 +296,11 @@ def _title(convolution: Convolution) -> str:
 
 def _grey(image: np.ndarray) -> np.ndarray:
     return image @ np.array([0.299, 0.587, 0.114])
+
+
+def _faded(image: np.ndarray) -> np.ndarray:
+    """An image with little colour, for that of what is drawn on it to be told apart."""
+    return (0.35 * image + 0.65 * _grey(image)[..., None]).round().astype(np.uint8)
 
 
 def _draw_arrows(ax: Axes, scene: Scene, convolution: Convolution, displacement: Tensor) -> float:
@@ -342,28 +347,12 @@ def _draw_wheel(ax: Axes) -> None:
     ax.set_axis_off()
 
 
-def _overlap(box: Tensor, others: Tensor) -> Tensor:
-    """Intersection over union of a box (4,) and others (K, 4)."""
-    shared = (torch.minimum(box[2:], others[:, 2:]) - torch.maximum(box[:2], others[:, :2])).clamp_min(0).prod(1)
-    areas = (others[:, 2:] - others[:, :2]).clamp_min(0).prod(1) + (box[2:] - box[:2]).prod()
-    return shared / (areas - shared).clamp_min(1e-12)
-
-
-def _apart(boxes: Tensor) -> list[int]:
-    """The indices of boxes of which none is mostly in the same place as one before."""
-    chosen: list[int] = []
-    for k, box in enumerate(boxes):
-        if not (_overlap(box, boxes[chosen]) > 0.3).any():
-            chosen.append(k)
-    return chosen
-
-
 def _roi_of(scene: Scene, box: Tensor) -> tuple[Pooling, int] | None:
     """The RoI, of all that were pooled, that overlaps a detection most."""
     best, found = 0.0, None
     for pooling in scene.recording.poolings:
         if len(pooling.rois):
-            share, index = _overlap(box, _to_image(scene, pooling.rois[:, 1:])).max(0)
+            share, index = overlap(box, _to_image(scene, pooling.rois[:, 1:])).max(0)
             if share > best:
                 best, found = float(share), (pooling, int(index))
     return found

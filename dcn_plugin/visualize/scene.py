@@ -68,13 +68,33 @@ class Scene:
         return left, right, bottom, top
 
     def default_places(self, count: int) -> list[tuple[float, float]]:
-        """The centres (x, y) of detections, from the smallest to the largest; of the image where there are none."""
+        """The centres (x, y) of detections, from the smallest to the largest; of the image where there are none.
+
+        Of detections that mostly overlap, as those of several classes may, only the best counts.
+        """
         if not len(self.boxes):
             height, width = self.image.shape[:2]
             return [((width - 1) / 2, (height - 1) / 2)]
-        areas = (self.boxes[:, 2:] - self.boxes[:, :2]).prod(1)
+        boxes = self.boxes[apart(self.boxes)]
+        areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
         chosen = areas.argsort()[np.linspace(0, len(areas) - 1, min(count, len(areas))).round()]
-        return [(float(x1 + x2 - 1) / 2, float(y1 + y2 - 1) / 2) for x1, y1, x2, y2 in self.boxes[chosen]]
+        return [(float(x1 + x2 - 1) / 2, float(y1 + y2 - 1) / 2) for x1, y1, x2, y2 in boxes[chosen]]
+
+
+def overlap(box: Tensor, others: Tensor) -> Tensor:
+    """Intersection over union of a box (4,) and others (K, 4)."""
+    shared = (torch.minimum(box[2:], others[:, 2:]) - torch.maximum(box[:2], others[:, :2])).clamp_min(0).prod(1)
+    areas = (others[:, 2:] - others[:, :2]).clamp_min(0).prod(1) + (box[2:] - box[:2]).prod()
+    return shared / (areas - shared).clamp_min(1e-12)
+
+
+def apart(boxes: Tensor) -> list[int]:
+    """The indices of boxes of which none is mostly in the same place as one before."""
+    chosen: list[int] = []
+    for k, box in enumerate(boxes):
+        if not (overlap(box, boxes[chosen]) > 0.3).any():
+            chosen.append(k)
+    return chosen
 
 
 def frame_of(metainfo: dict) -> Grid:

@@ -10,8 +10,9 @@ pytest.importorskip("mmdet", reason="scenes of detectors")
 from mmengine.dataset import Compose
 from mmengine.registry import init_default_scope
 
+from dcn_plugin import ops
 from dcn_plugin.commands import _config
-from dcn_plugin.visualize import drawing
+from dcn_plugin.visualize import Pooling, drawing
 from dcn_plugin.visualize.grid import Grid
 from dcn_plugin.visualize.scene import frame_of, see
 
@@ -105,6 +106,13 @@ def test_a_detector(scene):
 
 
 @pytest.mark.parametrize("scene", [()], indirect=True)
+def test_detections_in_one_place_are_one_place(scene):
+    small, large = torch.tensor([[10.0, 10.0, 21.0, 21.0], [20.0, 5.0, 51.0, 46.0]])
+    scene.boxes = torch.stack([large, small, large + 1, small - 0.5])
+    assert scene.default_places(3) == [(15.0, 15.0), (35.0, 25.0)]
+
+
+@pytest.mark.parametrize("scene", [()], indirect=True)
 def test_the_pictures_of_a_detector(scene):
     figures = dict(drawing.figures(scene, what=("points", "receptive_field", "rois", "offsets")))
     names = [f"scene_offsets_backbone.layer{k}.1.conv2" for k in (2, 3, 4)]
@@ -140,6 +148,37 @@ def test_the_bins_of_rois(scene):
     torch.testing.assert_close((moved - straight)[..., :2].permute(2, 0, 1), share * size, atol=1e-4, rtol=1e-4)
     figure = drawing.rois_figure(scene)
     assert len(figure.axes[1].patches) == 9 + 1 and drawing.rendered(figure).std() > 10
+    assert figure.axes[0].get_title() == f"{scene.classes[scene.labels[0]]}, {scene.scores[0]:.2f}\nstraight bins"
+    assert figure.axes[1].get_title() == f"{pooling.name}\nmoved bins"
+
+
+@pytest.mark.parametrize("scene", [()], indirect=True)
+@pytest.mark.parametrize("kind", ["deform_roi_align", "deform_ps_roi_pool"])
+def test_bins_are_drawn_where_the_operator_samples(scene, kind):
+    """Pooling a map of its own x and y gives the bins' centres, here of a map of stride 4."""
+    height, width, classes, samples = 24, 32, 1 if kind == "deform_roi_align" else 2, 64
+    y, x = torch.meshgrid(torch.arange(float(height)), torch.arange(float(width)), indexing="ij")
+    rois = torch.tensor([[0, 37.3, 29.8, 81.6, 60.2]])
+    offset = torch.randn(1, 2 * classes, 3, 4, generator=torch.Generator().manual_seed(0))
+    if kind == "deform_roi_align":
+        maps = torch.stack([x, y])[None]
+        pooled = ops.deform_roi_align(maps, rois, offset, (3, 4), 0.25, sampling_ratio=samples)[0][:, None]
+    else:
+        maps = torch.stack([x, y, x, y])[None]  # of two classes
+        sizes = dict(output_size=(3, 4), group_size=1, sample_per_part=samples)
+        pooled = ops.deform_ps_roi_pool(maps, rois, offset, spatial_scale=0.25, **sizes)[0].view(2, 2, 3, 4)
+        pooled = pooled.transpose(0, 1)
+    pooling = Pooling("pool", kind, (height, width), rois, offset, None, 0.25, 0.1)
+    for label in range(classes):
+        moved, straight = drawing._bins(scene, pooling, 0, label)
+        x, y = (4 * (pooled[:, label] + 0.5) - 0.5).unbind()  # of what the model got
+        y, x = scene.frame.to_image(y, x)
+        found = (moved[..., :2] + moved[..., 2:]) / 2
+        # The position-sensitive operator's samples begin at the bin's corner: half a step off its centre.
+        step = (moved[0, 0, 2:] - moved[0, 0, :2]) / samples / 2 if kind == "deform_ps_roi_pool" else 0
+        torch.testing.assert_close(found - step, torch.stack([x, y], -1), atol=1e-3, rtol=0)
+        torch.testing.assert_close(straight[1:, :, 1], straight[:-1, :, 3])  # side by side
+        torch.testing.assert_close(straight[:, 1:, 0], straight[:, :-1, 2])
 
 
 @pytest.mark.parametrize("scene", [(DETR,)], indirect=True)
