@@ -1,12 +1,14 @@
 """The plot of accuracy over scale, and the moving picture of where a digit's network looks as its scale changes."""
 
+import copy
 import statistics
 from pathlib import Path
 
 import torch
 from digit_sets import SIZE, rescale
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from dcn_plugin import convert, visualize
 
 # Differ in lightness too.
 COLOURS = ["#777777", "#0072b2", "#56b4e9", "#e69f00", "#cc79a7", "#333333"]
@@ -41,35 +43,21 @@ def accuracy_by_scale(results: dict, path: Path) -> None:
         plt.close(figure)
 
 
-@torch.no_grad()
 def image_points(net: nn.Sequential, image: Tensor, position: tuple[int, int]) -> Tensor:
-    """Where the convolutions after the stem sample for one output position of the last, composed: 9 * 9 * 9 points.
+    """Where the convolutions after the stem sample for one output position of the last, composed.
 
     Args:
-        net: of :func:`experiment.cnn`, any of whose convolutions may be deformable.
+        net: of :func:`experiment.cnn`; of a plain one, the points of offsets 0.
         image: (1, 1, 28, 28).
         position: (y, x) on the last convolution's output.
 
     Returns:
-        (729, 2), y and x in pixels of the stem's output, which has the image's size. A layer's offsets are read between
-        its positions bilinearly, and beyond its map at the border.
+        (P, 2), y and x in pixels of the stem's output, which are the image's: of the 729 points those in its map.
     """
-    layers, features = [], net.stem(image)
-    for block in (net.conv2, net.conv3, net.conv4):
-        layers.append((block[0], features))
-        features = block(features)
-    points = torch.tensor([position], dtype=torch.float32)
-    for conv, features in reversed(layers):
-        grid = torch.stack(torch.meshgrid(torch.arange(3.0), torch.arange(3.0), indexing="ij"), -1).reshape(9, 2)
-        taps = points[:, None] * conv.stride[0] - conv.padding[0] + grid
-        if hasattr(conv, "conv_offset"):
-            offsets = conv.conv_offset(features)[:, :18]
-            size = torch.tensor(offsets.shape[:1:-1])  # width, height
-            at = (2 * points.flip(1) + 1) / size - 1
-            offsets = F.grid_sample(offsets, at[None, None], padding_mode="border", align_corners=False)
-            taps = taps + offsets[0, :, 0].T.reshape(-1, 9, 2)
-        points = taps.reshape(-1, 2)
-    return points
+    if not hasattr(net.conv4[0], "conv_offset"):
+        net = convert(copy.deepcopy(net), "DCN")
+    points = visualize.sampling_points(visualize.record(net, image).convolutions[-1], position)
+    return torch.stack([points.y, points.x], 1)[points.counts]
 
 
 @torch.no_grad()

@@ -130,6 +130,7 @@ def test_points_move_with_the_offsets_of_each_layer():
     grid = pictures.image_points(net, image, (3, 3))
     nn.init.constant_(net.conv4[0].conv_offset.bias[::2], 0.5)  # y, in pixels of the third convolution's map
     nn.init.constant_(net.conv2[0].conv_offset.bias[1::2], -0.25)  # x, in pixels of the stem's
+    assert len(grid) == 729
     moved = pictures.image_points(net, image, (3, 3))
     torch.testing.assert_close(moved - grid, torch.tensor([0.5 * 2, -0.25]).expand(729, 2))
 
