@@ -31,11 +31,12 @@ class _Outputs(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not ops.deform_conv2d:
             return func(*args, **kwargs)
+        given = dict(zip(("input", "offset", "weight"), args, strict=False))
+        kwargs = kwargs | given
+        kwargs["weight"] = kwargs["weight"].detach()  # nobody wants its gradient, which the operator would compute
         if self.straight:
-            names = "input", "offset"
-            given = dict(zip(names, args, strict=False)) | kwargs
-            kwargs = {k: v for k, v in kwargs.items() if k not in names}
-            args = (given["input"], torch.zeros_like(given["offset"]), *args[2:])
+            kwargs["offset"] = torch.zeros_like(kwargs["offset"])
+        args = (*(kwargs.pop(name) for name in given), *args[len(given) :])
         output = func(*args, **kwargs)
         if self.calls in self.indices:
             self.outputs[self.calls] = output

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcn_plugin.layers import DeformConv2dPack, ModulatedDeformConv2dPack
 from dcn_plugin.visualize import receptive_fields, record
@@ -44,6 +45,29 @@ def test_the_mask_stays():
     [conv] = record(net, image).convolutions
     [field] = receptive_fields(net, image, [(conv, (4, 7))], straight=True)
     assert field[3:6, 6:9].tolist() == [[0.5] * 3] * 3 and field.count_nonzero() == 9
+
+
+class NeedsWeight(TorchDispatchMode):
+    """Notes of each backward whether it computes the weight's gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.needed = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.dcn_plugin.deform_conv2d_backward.default:
+            names = [argument.name for argument in func._schema.arguments]
+            self.needed.append(args[names.index("need_weight")])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("straight", [False, True])
+def test_no_weights_gradient_is_computed(straight):
+    net, image = nn.Sequential(box_filter(), box_filter()), torch.rand(1, 1, 9, 16)
+    place = record(net, image).convolutions[1], (4, 7)
+    with NeedsWeight() as backward:
+        receptive_fields(net, image, [place], straight)
+    assert backward.needed == [False, False]
 
 
 def test_what_comes_after_does_not_run():
