@@ -79,9 +79,14 @@ def sampling_points_figure(
 ) -> Figure:
     """A row for each place, a column for each last layer: green the output position, red its samples.
 
-    A sample's size and opacity grow with its weight; one outside the map is not drawn.
+    A sample's size and opacity grow with its weight; one outside the map is not drawn. The places of a single layer
+    are side by side.
     """
-    figure, axes = _panels(scene.image.shape[:2], len(places), len(convolutions))
+    if len(convolutions) == 1:
+        figure, axes = _panels(scene.image.shape[:2], 1, len(places))
+        axes = axes.T
+    else:
+        figure, axes = _panels(scene.image.shape[:2], len(places), len(convolutions))
     for row, place in zip(axes, places, strict=True):
         for ax, convolution in zip(row, convolutions, strict=True):
             _show(ax, scene)

@@ -114,6 +114,7 @@ def test_detections_in_one_place_are_one_place(scene):
 
 @pytest.mark.parametrize("scene", [()], indirect=True)
 def test_the_pictures_of_a_detector(scene):
+    convolutions = scene.recording.chosen()
     figures = dict(drawing.figures(scene, what=("points", "receptive_field", "rois", "offsets")))
     names = [f"scene_offsets_backbone.layer{k}.1.conv2" for k in (2, 3, 4)]
     assert list(figures) == ["scene_points", "scene_receptive_field", *names]
@@ -123,6 +124,12 @@ def test_the_pictures_of_a_detector(scene):
     axes = figures["scene_points"].axes
     assert len(axes) == 9 and "3 deformable layers composed" in axes[0].get_title()
     assert len(figures["scene_receptive_field"].axes) == 18
+
+    places = [(3.0, 4.0), (30.0, 20.0), (50.0, 40.0)]
+    [(_, figure)] = drawing.figures(scene, ["*.layer2.1.conv2"], places=places, what=["points"])
+    for ax, place in zip(figure.axes, places, strict=True):
+        assert ax.get_subplotspec().rowspan.start == 0  # side by side
+        assert tuple(ax.collections[-1].get_offsets()[0]) == pytest.approx(scene.centre(convolutions[0], place))
 
     [figure] = [figure for _, figure in drawing.figures(scene, ["*.layer4.0.conv1"], 4, [(3.0, 4.0)], ["points"])]
     [ax] = figure.axes
