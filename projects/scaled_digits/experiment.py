@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import ctypes
 import itertools
 import json
 import logging
@@ -145,9 +146,22 @@ def load(out: Path, seed: int, name: str, width: int) -> nn.Module:
     return net.eval()
 
 
+def keep_freed_memory() -> None:
+    """Lets glibc keep what a pass frees for the next one.
+
+    Otherwise it returns some of it to the system now and then, and getting it anew can take one of the networks, any of
+    them, longer than its convolutions.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD, in bytes
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
+
+
 @torch.no_grad()
 def forward_times(width: int, rounds: int = 60) -> dict:
     """Median milliseconds of a forward pass, and median of its ratio to the plain network's in the same round."""
+    keep_freed_memory()
     nets = {"plain": cnn(width).eval()}
     for kind in DEFORMABLE.values():
         nets[kind] = convert(copy.deepcopy(nets["plain"]), kind)
@@ -157,6 +171,7 @@ def forward_times(width: int, rounds: int = 60) -> dict:
     images, seconds = torch.rand(BATCH, 1, 28, 28), {name: [] for name in nets}
     for _ in range(rounds):
         for name, net in nets.items():
+            net(images)  # untimed, to fill the caches with what is this network's
             start = time.perf_counter()
             net(images)
             seconds[name].append(time.perf_counter() - start)
