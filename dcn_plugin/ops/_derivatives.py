@@ -90,6 +90,16 @@ def _vjp(function: Callable, arguments: Sequence[Any], chosen: Sequence[int]):
     return torch.func.vjp(of_chosen, *(arguments[index] for index in chosen))
 
 
+def _in_forward_mode() -> bool:
+    """Whether the call is inside a level of forward mode, ``forward_ad.dual_level``'s or ``torch.func.jvp``'s.
+
+    What has a tangent would be too narrow a question: in ``torch.func.jvp`` of ``torch.func.grad`` the arguments get
+    theirs at the outer level, after grad's own has saved them for a backward pass that then meets tangents in all of
+    them. PyTorch has no public function for it; its compiler's guards read this same variable.
+    """
+    return forward_ad._current_level >= 0
+
+
 def _register(operator: str, setup_context, backward, *, forward_mode=None, jvp=None) -> None:
     """An autograd kernel, which like those of PyTorch's own operators serves one level of torch.func at a time.
 
@@ -110,12 +120,15 @@ def _register(operator: str, setup_context, backward, *, forward_mode=None, jvp=
 
     def kernel(*args):
         args = (*args, *defaults[len(args) :])  # the dispatcher leaves out what equals its default
-        in_forward_mode = forward_ad._current_level >= 0
-        if in_forward_mode and forward_mode:
+        if _in_forward_mode() and forward_mode:
             with torch.no_grad():
                 forward(*args)  # for its errors
             return forward_mode(*args)
-        if in_forward_mode or torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        if (
+            _in_forward_mode()
+            or torch.is_grad_enabled()
+            and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        ):
             with enable_single_level_autograd_function():
                 return function.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():

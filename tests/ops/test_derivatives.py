@@ -293,6 +293,14 @@ def test_vmap_of_vmap(device):
     assert_close([nested], [loop])
 
 
+class SelfAttention(layers.MultiScaleDeformableAttention):
+    """Of eight queries, which are the pixels of two maps too."""
+
+    def forward(self, query):
+        points = (torch.arange(16).view(1, 8, 1, 2).to(query) * 0.37) % 1
+        return super().forward(query, reference_points=points, spatial_shapes=[(2, 3), (1, 2)])
+
+
 LAYERS = {
     "DCN": lambda: (layers.DeformConv2dPack(4, 6, 3, padding=1), (torch.rand(2, 4, 5, 6),)),
     "DCNv2": lambda: (layers.ModulatedDeformConv2dPack(4, 6, 3, padding=1), (torch.rand(2, 4, 5, 6),)),
@@ -305,6 +313,7 @@ LAYERS = {
         layers.DeformPSRoIPoolPack(2, 2, deform_fc_channels=16, spatial_scale=0.125, sample_per_part=2),
         (torch.rand(2, 8, 6, 7), ROIS),
     ),
+    "attention": lambda: (SelfAttention(6, 2, 2, 2, dropout=0.0, batch_first=True), (torch.rand(2, 8, 6),)),
 }
 any_layer = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
 
@@ -366,6 +375,16 @@ def test_forward_mode_over_a_pass_that_ran_before(device):
         assert_close([forward_ad.unpack_dual(dual).tangent], gradient)
 
 
+def test_forward_mode_over_the_inputs_of_a_backward_pass_is_refused(device):
+    tensors = BASE.make(device=device)
+    x, offset, weight, mask = (tensors[name] for name in ("input", "offset", "weight", "mask"))
+    gradient = torch.rand(BASE.batch, BASE.out_channels, *BASE.out_size, dtype=torch.float64, device=device)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="backward pass of deform_conv2d, whose"):
+        torch.ops.dcn_plugin.deform_conv2d_backward(
+            gradient, forward_ad.make_dual(x, x), offset, weight, mask, [1, 1], [1, 1], [1, 1], True, True, True
+        )
+
+
 def test_forward_mode_checks_the_arguments_too(device):
     tensors = BASE.make(device=device)
     with pytest.raises(RuntimeError, match="offset must have input's dtype"):
@@ -393,7 +412,9 @@ def test_jit_trace(make, device, tmp_path):
     layer, arguments = built(make, device)
     traced = torch.jit.trace(layer.eval(), arguments)
     traced.save(str(tmp_path / "layer.pt"))
-    assert_close([torch.jit.load(str(tmp_path / "layer.pt"))(*arguments)], [layer(*arguments)])
+    loaded, (x, *rest) = torch.jit.load(str(tmp_path / "layer.pt")), arguments
+    for x in (x, torch.cat([x, x.cos()])):
+        assert_close([loaded(x, *rest)], [layer(x, *rest)])
 
 
 @any_layer
