@@ -95,10 +95,19 @@ inline std::runtime_error allocation_error(const Tensor& like, Sizes size, Scala
   return std::runtime_error(text.str());
 }
 
-inline Tensor as(const Tensor& t, ScalarType type, MemoryFormat format = MemoryFormat::Contiguous) {
+inline Tensor converted(const Tensor& t, ScalarType type) {
+  if (t.scalar_type() == type) return t;
   try {
-    const Tensor converted = t.scalar_type() == type ? t : torch::stable::to(t, type);
-    return torch::stable::contiguous(converted, format);
+    return torch::stable::to(t, type);
+  } catch (const std::exception&) {
+    throw allocation_error(t, sizes(t), type);
+  }
+}
+
+inline Tensor as(const Tensor& t, ScalarType type, MemoryFormat format = MemoryFormat::Contiguous) {
+  const Tensor typed = converted(t, type);
+  try {
+    return torch::stable::contiguous(typed, format);
   } catch (const std::exception&) {
     throw allocation_error(t, sizes(t), type);
   }

@@ -106,7 +106,7 @@ Tensor forward(const Tensor& input, const Tensor& offset, const Tensor& weight, 
     run_forward<T, Element>(plan, kernels, as_channels_last(input, stored), as(offset, compute),
                             as(weight, stored, format_of(weight)), as(bias, compute), as(mask, compute), output,
                             format == MemoryFormat::ChannelsLast);
-    return stored == type ? output : torch::stable::to(output, type);
+    return converted(output, type);
   };
   if (compute == ScalarType::Double) {
     const auto& kernels = select_deform_conv2d_kernels<double>();

@@ -43,7 +43,7 @@ Tensor forward(const Tensor& input, const Tensor& rois, const std::optional<Tens
                      [&](int64_t roi, void* scratch) { kernels.forward(args, roi, scratch); });
     });
   }
-  return stored == given ? output : torch::stable::to(output, given);
+  return converted(output, given);
 }
 
 // Adds the slabs' partial sums, in order.

@@ -41,11 +41,7 @@ Tensor in_format(const Tensor& map, MemoryFormat format) {
     if (type == ScalarType::Float) result = transposed<float>(map, rows, columns, format);
     if (type == ScalarType::BFloat16) result = transposed<Bfloat16>(map, rows, columns, format);
   }
-  return result ? *result : torch::stable::contiguous(map, format);
-}
-
-Tensor converted(const Tensor& map, ScalarType type) {
-  return map.scalar_type() == type ? map : torch::stable::to(map, type);
+  return result ? *result : as(map, type, format);
 }
 
 }  // namespace

@@ -83,7 +83,7 @@ Tensor forward(const Tensor& value, const Tensor& spatial_shapes, const Tensor& 
       functions.forward(args, task / ranges, first, lesser(kAttnQueries, shape.queries - first), scratch);
     });
   });
-  return type == value.scalar_type() ? output : torch::stable::to(output, value.scalar_type());
+  return converted(output, value.scalar_type());
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& value,

@@ -413,8 +413,8 @@ def test_jit_trace(make, device, tmp_path):
     traced = torch.jit.trace(layer.eval(), arguments)
     traced.save(str(tmp_path / "layer.pt"))
     loaded, (x, *rest) = torch.jit.load(str(tmp_path / "layer.pt")), arguments
-    for x in (x, torch.cat([x, x.cos()])):
-        assert_close([loaded(x, *rest)], [layer(x, *rest)])
+    for images in (x, torch.cat([x, x.cos()])):
+        assert_close([loaded(images, *rest)], [layer(images, *rest)])
 
 
 @any_layer

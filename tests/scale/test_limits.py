@@ -1,5 +1,6 @@
 """Many threads, many calls, much memory."""
 
+import resource
 import threading
 from dataclasses import replace
 
@@ -51,48 +52,230 @@ def test_eight_threads_at_once():
     assert not wrong
 
 
-def resident():
-    """Bytes of memory that this process holds."""
+def held(kind):
+    """Bytes of memory that this process holds: of addresses (0) or resident (1)."""
     with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096
+        return int(file.read().split()[kind]) * resource.getpagesize()
 
 
 def test_memory_does_not_grow():
     """Over 10 000 calls: a leak of one output of a call, a kilobyte, would be 10 MB."""
     case = replace(BASE, batch=1, channels=4, size=(8, 8))
     tensors = case.make(torch.float32)
-    rois = ROIS[:1].clone()
+    rois, offset = ROIS[:1].clone(), torch.zeros(1, 2, 8, 8)
+    sampled = dict(
+        value=torch.rand(1, 64, 2, 8),
+        sampling_locations=torch.rand(1, 16, 2, 1, 2, 2),
+        attention_weights=torch.rand(1, 16, 2, 1, 2),
+    )
+    operators = (
+        (lambda **t: deform_conv2d(**t, **case.options), tensors),
+        (lambda **t: deform_roi_align(**t, rois=rois, output_size=8), dict(input=tensors["input"], offset=offset)),
+        (
+            lambda **t: deform_ps_roi_pool(**t, rois=rois, output_size=8, group_size=1),
+            dict(input=tensors["input"], offset=offset),
+        ),
+        (lambda **t: ms_deform_attn(**t, spatial_shapes=[(8, 8)]), sampled),
+    )
 
     def calls(number):
-        for _ in range(number):
-            with torch.no_grad():
-                deform_conv2d(**tensors, **case.options)
-                deform_roi_align(tensors["input"], rois, None, 8)
-        for _ in range(number // 10):
-            run(deform_conv2d, tensors, **case.options)
+        for operator, arguments in operators:
+            for i in range(number // len(operators)):
+                with torch.no_grad():
+                    operator(**arguments)
+                if i % 5 == 0:
+                    run(operator, arguments)
 
-    calls(500)
-    before = resident()
+    calls(1000)
+    before = held(1)
     calls(10_000)
-    assert resident() - before < 5e6
+    assert held(1) - before < 5e6
+
+
+# Inputs of more elements than 32 bits count are hardly more than addresses: only what is sampled of them is touched.
+# The samples lie in their last corner, and give what a map of that corner alone gives.
+CORNER = 16
+SIZES = {"many images": (17, 2, 2**13, 2**13), "one image": (1, 2, 2**15 + CORNER, 2**15 + CORNER)}
+sizes = pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+LAYOUT_READ = {
+    deform_conv2d: torch.channels_last,
+    deform_roi_align: torch.channels_last,
+    deform_ps_roi_pool: torch.contiguous_format,
+}  # in another, the input would be copied
+operators = pytest.mark.parametrize("operator", LAYOUT_READ, ids=lambda f: f.__name__)
+
+
+def with_corner(operator, size):
+    """An uninitialised input with values in its last corner, and these."""
+    input = torch.empty(size, memory_format=LAYOUT_READ[operator])
+    assert input.numel() > 2**31
+    corner = torch.rand(1, size[1], CORNER, CORNER)
+    input[-1:, :, -CORNER:, -CORNER:] = corner
+    return input, corner
+
+
+def sampling_the_corner(operator, size):
+    """An operator as a function of the input and as one of its last corner, of equal results."""
+    images, channels, height, width = size
+    if operator is deform_conv2d:
+        weight, offset = torch.rand(1, channels, 3, 3), torch.rand(1, 18, 1, 1).mul(32).floor() / 16
+        # Two outputs a side, of which the last one samples the corner; the others sample nothing.
+        offsets = torch.full((images, 18, 2, 2), -1e9)
+        offsets[-1:, :, -1:, -1:] = offset
+        step = height - CORNER, width - CORNER
+        return (
+            lambda x: operator(x, offsets, weight, stride=step)[-1:, :, -1:, -1:],
+            lambda x: operator(x, offset, weight, stride=CORNER),
+        )
+    rois, offset = torch.tensor([[0.0, 3, 2, 11, 10], [0, 5, 6, 13, 14]]), torch.rand(2, 2, 2, 2).mul(16).floor() / 16
+    moved = rois + torch.tensor([images - 1, width - CORNER, height - CORNER, width - CORNER, height - CORNER])
+    # All positions are multiples of 1/64.
+    align = operator is deform_roi_align
+    options = dict(gamma=0.125, sampling_ratio=2) if align else dict(trans_std=0.125, group_size=1)
+    options |= dict(offset=offset, output_size=2)
+    return (lambda x: operator(x, moved, **options)), (lambda x: operator(x, rois, **options))
+
+
+@sizes
+@operators
+def test_more_elements_than_32_bits_count(operator, size):
+    input, corner = with_corner(operator, size)
+    of_input, of_corner = sampling_the_corner(operator, size)
+    assert of_corner(corner).all()
+    assert torch.equal(of_input(input), of_corner(corner))
+
+
+ATTENDED = {"many images": (129, 2**10, 16), "one image": (1, 2**15, 2)}  # images, side of the large level, channels
+attended = pytest.mark.parametrize("size", ATTENDED.values(), ids=ATTENDED)
+
+
+def attending_to_the_corner(size):
+    """Attention's value of a large and a small level and that of the corner alone, and functions of equal results."""
+    images, side, channels = size
+    value = torch.empty(images, side**2 + CORNER**2, 1, channels)
+    assert value.numel() > 2**31
+    corner = torch.rand(1, 2 * CORNER**2, 1, channels)
+    of_large, of_small = corners(value, side)
+    of_large[:] = corner[:, : CORNER**2].view_as(of_large)
+    of_small[:] = corner[:, CORNER**2 :]
+
+    # All positions are multiples of 1/16, and those of the other images are on no map.
+    positions, weights = (
+        (torch.rand(1, 5, 1, 2, 3, 2) * 16 * (CORNER - 2)).floor() / 16 + 1.5,
+        torch.rand(1, 5, 1, 2, 3),
+    )
+    locations, all_locations = positions / CORNER, torch.full((images, 5, 1, 2, 3, 2), -9.0)
+    shifts, sides = (torch.tensor(of_levels)[:, None, None] for of_levels in ([side - CORNER, 0], [side, CORNER]))
+    all_locations[-1:] = (positions + shifts) / sides
+    return (
+        (
+            value,
+            lambda v: ms_deform_attn(
+                v, [(side,) * 2, (CORNER,) * 2], all_locations, weights.expand(images, 5, 1, 2, 3)
+            )[-1:],
+        ),
+        (corner, lambda v: ms_deform_attn(v, [(CORNER,) * 2] * 2, locations, weights)),
+    )
+
+
+def corners(value, side):
+    """Of the last image, the last corner of the large level, and the small level."""
+    large, small = value[-1:].split([side**2, CORNER**2], 1)
+    return large.view(1, side, side, 1, -1)[:, -CORNER:, -CORNER:], small
+
+
+@attended
+def test_attention_to_more_elements_than_32_bits_count(size):
+    (value, of_value), (corner, of_corner) = attending_to_the_corner(size)
+    assert of_corner(corner).all()
+    assert torch.equal(of_value(value), of_corner(corner))
+
+
+def gradient(function, x):
+    (gradient,) = torch.autograd.grad(function(x.requires_grad_()).square().sum(), x)
+    return gradient
+
+
+@pytest.fixture
+def much_memory():
+    """A gradient is written whole."""
+    with open("/proc/meminfo") as file:
+        available = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    if available < 11 * 2**20:
+        pytest.skip(f"needs 11 GiB of memory, {available >> 20} are available")
 
 
 @pytest.mark.slow
-def test_more_elements_than_32_bits_count():
-    """Only what is sampled of the input is ever touched, so that its 4 GiB are hardly more than an address."""
-    images, size, step = 33, 8192, 1024
-    input = torch.empty(images, 1, size, size, dtype=torch.bfloat16)
-    assert input.numel() > 2**31
-    values = torch.rand(images, 1, size // step, size // step).bfloat16()
-    input[:, :, ::step, ::step] = values
-    output = deform_conv2d(
-        input, torch.zeros(images, 2, *values.shape[2:]).bfloat16(), torch.ones(1, 1, 1, 1).bfloat16(), stride=step
-    )
-    assert torch.equal(output, values)
+@operators
+def test_gradient_of_more_elements_than_32_bits_count(operator, much_memory):
+    size = SIZES["one image"]
+    input, corner = with_corner(operator, size)
+    of_input, of_corner = sampling_the_corner(operator, size)
+    expected = gradient(of_corner, corner)
+    assert expected.any()
+    assert torch.equal(gradient(of_input, input)[-1:, :, -CORNER:, -CORNER:], expected)
 
 
-def test_out_of_memory_says_how_much():
-    input = torch.zeros(1, 1, 2, 2)
-    offset = torch.zeros(1, 1, 1, 1).expand(1, 2, 2**20, 2**20)
-    with pytest.raises(RuntimeError, match=r"out of memory: cannot allocate 32768 GiB, .* \(1, 8, 1048576, 1048576\)"):
-        deform_conv2d(input, offset, torch.zeros(8, 1, 1, 1), padding=2**19 - 1)
+@pytest.mark.slow
+def test_gradient_of_attention_to_more_elements_than_32_bits_count(much_memory):
+    size = ATTENDED["many images"]
+    (value, of_value), (corner, of_corner) = attending_to_the_corner(size)
+    expected = gradient(of_corner, corner).split(CORNER**2, 1)
+    for actual, its_expected in zip(corners(gradient(of_value, value), size[1]), expected, strict=True):
+        assert its_expected.any()
+        assert torch.equal(actual, its_expected.view_as(actual))
+
+
+def test_maps_of_more_pixels_than_32_bits_count_are_refused():
+    map = torch.zeros(1).expand(1, 1, 2**16, 2**15)
+    rois, zeros = torch.zeros(1, 5), torch.zeros(1, 2, 1, 1)
+    for call in (
+        lambda: deform_conv2d(map, zeros, torch.zeros(1, 1, 1, 1), stride=2**16),
+        lambda: deform_roi_align(map, rois),
+        lambda: deform_ps_roi_pool(map, rois, None, 1, 1),
+        lambda: ms_deform_attn(
+            map.view(1, -1, 1, 1), [map.shape[2:]], torch.zeros(1, 1, 1, 1, 1, 2), torch.zeros(1, 1, 1, 1, 1)
+        ),
+    ):
+        with pytest.raises((RuntimeError, ValueError), match=r"2\^31"):
+            call()
+
+
+IMAGES = torch.zeros(1).expand(2**12, 2, 2**14, 2**14)
+LACKING = {
+    "output": (
+        lambda: deform_conv2d(
+            torch.zeros(1, 1, 2, 2),
+            torch.zeros(1).expand(1, 2, 2**20, 2**20),
+            torch.zeros(8, 1, 1, 1),
+            padding=2**19 - 1,
+        ),
+        r"32768 GiB, .* \(1, 8, 1048576, 1048576\)",
+    ),
+    "layout": (
+        lambda: deform_conv2d(IMAGES, torch.zeros(2**12, 2, 1, 1), torch.zeros(1, 2, 1, 1), stride=2**14),
+        r"8192 GiB, .* \(4096, 2, 16384, 16384\)",
+    ),
+    "type": (
+        lambda: deform_roi_align(torch.zeros(1).half().expand_as(IMAGES), torch.zeros(1, 5).half()),
+        r"8192 GiB, .* \(4096, 2, 16384, 16384\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), LACKING.values(), ids=LACKING)
+def test_out_of_memory_says_how_much(call, message):
+    with pytest.raises(RuntimeError, match=f"out of memory: cannot allocate {message}"):
+        call()
+
+
+def test_out_of_memory_of_threads_says_how_much():
+    value, locations = torch.zeros(1, 2**24, 1, 1).requires_grad_(), torch.full((1, 1, 1, 1, 1, 2), 0.5)
+    output = ms_deform_attn(value, [(2**12, 2**12)], locations, torch.ones(1, 1, 1, 1, 1))
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (held(0) + 2**29, limits[1]))
+    try:
+        with pytest.raises(RuntimeError, match=r"out of memory: cannot allocate 1\.\d* GiB for each thread"):
+            output.sum().backward()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
