@@ -1,6 +1,6 @@
 """Trains a small model in one process, or distributed over two on the CPU, in several ways; a program and a module.
 
-    python -m tests.scale.distributed_worker FOLDER    trains distributed in each of WAYS, for FOLDER/<way>.pth
+python -m tests.scale.distributed_worker FOLDER    trains distributed in each of WAYS, for FOLDER/<way>.pth
 """
 
 import sys

@@ -95,7 +95,7 @@ def test_memory_does_not_grow():
 # Inputs of more elements than 32 bits count are hardly more than addresses: only what is sampled of them is touched.
 # The samples lie in their last corner, and give what a map of that corner alone gives.
 CORNER = 16
-SIZES = {"many images": (17, 2, 2**13, 2**13), "one image": (1, 2, 2**15 + CORNER, 2**15 + CORNER)}
+SIZES = {"many images": (17, 2, 2**13, 2**13), "one image": (1, 33, 2**13 + CORNER, 2**13 + CORNER)}
 sizes = pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 LAYOUT_READ = {
     deform_conv2d: torch.channels_last,

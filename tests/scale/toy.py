@@ -61,8 +61,8 @@ class KillOnce(Hook):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def settings(work_dir, *, batch=BATCH, accumulate=1, with_cp=False, converted=False, kill=False):
-    """The config of a training, as a dict: a ResNet with DCNv2 in its last stages, or one that is converted."""
+def settings(work_dir, *, batch=BATCH, accumulate=1, with_cp=False, kill=False):
+    """The config of a training, as a dict: of a ResNet with DCNv2, native in its third stage, converted in its last."""
     backbone = dict(
         type="ResNet",
         depth=50,
@@ -72,12 +72,10 @@ def settings(work_dir, *, batch=BATCH, accumulate=1, with_cp=False, converted=Fa
         with_cp=with_cp,
         norm_cfg=dict(type="GN", num_groups=2),
         norm_eval=False,
+        dcn=dict(type="DCNv2", deform_groups=1, fallback_on_stride=False),
+        stage_with_dcn=(False, False, True, False),
+        deformable=dict(type="DCNv2", targets="layer4.*.conv2"),
     )
-    if converted:
-        backbone["deformable"] = dict(type="DCNv2", targets="layer4.*.conv2")
-    else:
-        backbone.update(dcn=dict(type="DCNv2", deform_groups=1, fallback_on_stride=False))
-        backbone.update(stage_with_dcn=(False, False, True, True))
     return dict(
         custom_imports=dict(imports=["dcn_plugin.mmdet", "tests.scale.toy"]),
         default_scope="mmdet",
