@@ -57,14 +57,26 @@ def launch(work_dir, *arguments, processes=None, **settings):
         arguments = ("--launcher", "pytorch", *arguments)
     environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", MKL_CBWR="COMPATIBLE")
     return subprocess.run(
-        [*command, str(TRAIN), str(config), *arguments], env=environment, cwd=ROOT, capture_output=True, text=True
+        [*command, "-m", "dcn_plugin.mmdet", "tools/train.py", str(config), *arguments],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The weights of a training in one process."""
-    return train_here(tmp_path_factory.mktemp("trained"))
+def work_dir(tmp_path_factory):
+    """Of a training in one process."""
+    folder = tmp_path_factory.mktemp("trained")
+    train_here(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(work_dir):
+    """The weights that one process ends with."""
+    return weights(work_dir)
 
 
 def test_two_processes_equal_one_with_the_whole_batch(trained, tmp_path):
@@ -82,6 +94,23 @@ def test_killed_and_resumed_equals_uninterrupted(trained, tmp_path):
     # Nearly always bit for bit. PyTorch's products of float64 matrices may differ in the last bit from process to
     # process, with the alignment of their memory.
     assert_equal(weights(tmp_path / "run"), trained, tolerance=1e-13)
+
+
+def test_checkpoints_load_once_the_package_is_imported(work_dir):
+    """As docs/scaling.md says: PyTorch alone refuses them, for what MMEngine keeps beside the weights."""
+    program = f"""
+import pickle, torch
+try:
+    torch.load({str(work_dir / f"epoch_{toy.EPOCHS}.pth")!r})
+except pickle.UnpicklingError as error:
+    assert "HistoryBuffer" in str(error), error
+else:
+    raise SystemExit("it loads without dcn_plugin")
+import dcn_plugin.mmengine
+torch.load({str(work_dir / f"epoch_{toy.EPOCHS}.pth")!r})
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_gradient_checkpointing_changes_nothing(trained, tmp_path):
