@@ -4,7 +4,8 @@
 #include <vector>
 
 #include "../arguments.h"
-#include "deform_conv2d_kernels.h"
+#include "deform_conv2d_gradients.h"
+#include "depthwise.h"
 #include "dispatch.h"
 #include "layout.h"
 #include "parallel.h"
@@ -29,9 +30,8 @@ class OwnedPlan : public Plan {
   OwnedPlan(const DeformConv2dShape& s, int64_t lanes, int64_t row_block, bool backward) {
     shape = s;
     this->lanes = lanes;
-    depthwise = s.groups == s.channels && s.out_channels == s.channels;
-    // How many groups are merged into one. Depthwise convolutions sum over no channels: theirs are one group.
-    int64_t merged = depthwise ? s.groups : std::max<int64_t>(1, std::min(s.groups, lanes / s.group_channels()));
+    // How many groups are merged into one.
+    int64_t merged = std::max<int64_t>(1, std::min(s.groups, lanes / s.group_channels()));
     while (s.groups % merged) --merged;  // the largest divisor of groups that still fits in a vector
     groups = s.groups / merged;
     group_channels = s.group_channels() * merged;
@@ -41,14 +41,14 @@ class OwnedPlan : public Plan {
     int64_t slab_channels = backward ? kBackwardSlab : kForwardSlab;
     while (backward && slab_channels > kLeastSlab && s.batch * s.channels < kBackwardTasks * slab_channels)
       slab_channels /= 2;
-    out_panels = divide_up(depthwise ? std::min(slab_channels, s.channels) : group_out_channels, lanes);
+    out_panels = divide_up(group_out_channels, lanes);
     max_padded = packed_weight = 0;
     for (int64_t c = 0; c < s.channels; c += storage_.back().width) {
       const int64_t group = c / group_channels, deform_group = c / s.deform_group_channels();
       const int64_t end = std::min((group + 1) * group_channels, (deform_group + 1) * s.deform_group_channels());
       const int64_t width = std::min(end - c, slab_channels), padded = divide_up(width, lanes) * lanes;
       storage_.push_back({c, width, padded, group, deform_group, packed_weight});
-      packed_weight += s.taps() * padded * (depthwise ? 1 : out_panels * lanes);
+      packed_weight += s.taps() * padded * out_panels * lanes;
       max_padded = std::max(max_padded, padded);
     }
     slabs = storage_.data();
@@ -99,6 +99,7 @@ Tensor forward(const Tensor& input, const Tensor& offset, const Tensor& weight, 
   const MemoryFormat format = format_of(input);
   const IntList size{shape.batch, shape.out_channels, shape.out_height, shape.out_width};
   if (shape.batch == 0) return empty(input, size, type, format);
+  if (is_depthwise(shape)) return depthwise_forward(shape, input, offset, weight, bias, mask);
 
   const auto run = [&]<class T, class Element>(const Plan& plan, const DeformConv2dForward<T, Element>& kernels,
                                                ScalarType stored) {
@@ -114,35 +115,9 @@ Tensor forward(const Tensor& input, const Tensor& offset, const Tensor& weight, 
   }
   const auto& kernels = select_deform_conv2d_kernels<float>();
   const OwnedPlan plan(shape, kernels.lanes, kernels.row_block, false);
-  if (type == ScalarType::BFloat16 && kernels.bfloat16_forward.forward && !plan.depthwise)
+  if (type == ScalarType::BFloat16 && kernels.bfloat16_forward.forward)
     return run(plan, kernels.bfloat16_forward, type);
   return run(plan, kernels.forward, compute);
-}
-
-struct Gradients {
-  std::optional<Tensor> input, offset, mask, weight;
-};
-
-// Adds the slabs' partial sums, in order, into grad_offset and grad_mask.
-template <class T>
-void reduce_sampling(const Plan& plan, const T* partials, T* grad_offset, T* grad_mask) {
-  const DeformConv2dShape& s = plan.shape;
-  const int64_t taps = s.taps(), positions = s.positions(), slab_size = s.batch * 3 * taps * positions;
-  torch::stable::parallel_for(0, s.batch * s.deform_groups * taps, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t tap = i % taps, deform_group = i / taps % s.deform_groups, image = i / taps / s.deform_groups;
-      T* to[3] = {grad_offset + 2 * i * positions, grad_offset + (2 * i + 1) * positions,
-                  grad_mask ? grad_mask + i * positions : nullptr};
-      for (int kind = 0; kind < (grad_mask ? 3 : 2); ++kind) {
-        std::fill_n(to[kind], positions, T(0));
-        for (int64_t slab = 0; slab < plan.slab_count; ++slab) {
-          if (plan.slabs[slab].deform_group != deform_group) continue;
-          const T* from = partials + slab * slab_size + ((image * taps + tap) * 3 + kind) * positions;
-          for (int64_t p = 0; p < positions; ++p) to[kind][p] += from[p];
-        }
-      }
-    }
-  });
 }
 
 template <class T, class Element>
@@ -173,12 +148,42 @@ void run_backward(const Plan& plan, const DeformConv2dKernels<T>& kernels,
   parallel_tasks(plan.slab_count * plan.image_groups, backward.scratch_bytes(plan), [&](int64_t task, void* scratch) {
     backward.backward(args, task % plan.slab_count, task / plan.slab_count, scratch);
   });
-  if (need_columns) reduce_sampling(plan, data<T>(partials), data<T>(grad.offset), data<T>(grad.mask));
+  if (need_columns)
+    reduce_sampling(s, plan.slabs, plan.slab_count, data<T>(partials), data<T>(grad.offset), data<T>(grad.mask));
   if (need_weight)
     torch::stable::parallel_for(0, plan.slab_count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
         kernels.unpack_grad_weight(plan, i, data<T>(grad_packed), view<T>(plan, *grad.weight, format_of(weight)));
     });
+}
+
+Gradients all_gradients(const DeformConv2dShape& shape, const Tensor& grad_output, const Tensor& input,
+                        const Tensor& offset, const Tensor& weight, const std::optional<Tensor>& mask,
+                        bool need_columns, bool need_weight) {
+  const ScalarType given = input.scalar_type(), type = compute_type(given);
+  const Gradients grad{zeroed(make_gradient(need_columns, input, type, MemoryFormat::ChannelsLast)),
+                       zeroed(make_gradient(need_columns, offset, type)),
+                       zeroed(make_gradient(need_columns, mask, type)),
+                       zeroed(make_gradient(need_weight, weight, type, format_of(weight)))};
+  if (shape.batch == 0) return grad;
+  const auto run = [&]<class T, class Element>(const Plan& plan, const DeformConv2dKernels<T>& kernels,
+                                               const DeformConv2dBackward<T, Element>& backward, ScalarType stored) {
+    run_backward(plan, kernels, backward, as_channels_last(grad_output, stored), as_channels_last(input, stored),
+                 as(offset, type), as(mask, type), as(weight, stored, format_of(weight)), need_columns, need_weight,
+                 grad);
+  };
+  if (type == ScalarType::Double) {
+    const auto& kernels = select_deform_conv2d_kernels<double>();
+    run(OwnedPlan(shape, kernels.lanes, kernels.row_block, true), kernels, kernels.backward, type);
+  } else {
+    const auto& kernels = select_deform_conv2d_kernels<float>();
+    const OwnedPlan plan(shape, kernels.lanes, kernels.row_block, true);
+    if (given == ScalarType::BFloat16 && kernels.bfloat16_backward.backward)
+      run(plan, kernels, kernels.bfloat16_backward, given);
+    else
+      run(plan, kernels, kernels.backward, type);
+  }
+  return grad;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input,
@@ -190,32 +195,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, c
   check_like_input(grad_output, input, "grad_output");
   check_shape(sizes(grad_output), {shape.batch, shape.out_channels, shape.out_height, shape.out_width}, "grad_output",
               "(N, Co, Ho, Wo)");
-  const ScalarType given = input.scalar_type(), type = compute_type(given);
   // One pass over the samples gives grad_input, grad_offset and grad_mask together.
   const bool need_columns = need_input || need_sampling;
-  const Gradients grad{zeroed(make_gradient(need_columns, input, type, MemoryFormat::ChannelsLast)),
-                       zeroed(make_gradient(need_columns, offset, type)),
-                       zeroed(make_gradient(need_columns, mask, type)),
-                       zeroed(make_gradient(need_weight, weight, type, format_of(weight)))};
-  if (shape.batch > 0) {
-    const auto run = [&]<class T, class Element>(const Plan& plan, const DeformConv2dKernels<T>& kernels,
-                                                 const DeformConv2dBackward<T, Element>& backward, ScalarType stored) {
-      run_backward(plan, kernels, backward, as_channels_last(grad_output, stored), as_channels_last(input, stored),
-                   as(offset, type), as(mask, type), as(weight, stored, format_of(weight)), need_columns, need_weight,
-                   grad);
-    };
-    if (type == ScalarType::Double) {
-      const auto& kernels = select_deform_conv2d_kernels<double>();
-      run(OwnedPlan(shape, kernels.lanes, kernels.row_block, true), kernels, kernels.backward, type);
-    } else {
-      const auto& kernels = select_deform_conv2d_kernels<float>();
-      const OwnedPlan plan(shape, kernels.lanes, kernels.row_block, true);
-      if (given == ScalarType::BFloat16 && kernels.bfloat16_backward.backward && !plan.depthwise)
-        run(plan, kernels, kernels.bfloat16_backward, given);
-      else
-        run(plan, kernels, kernels.backward, type);
-    }
-  }
+  const auto compute = shape.batch > 0 && is_depthwise(shape) ? depthwise_backward : all_gradients;
+  const Gradients grad = compute(shape, grad_output, input, offset, weight, mask, need_columns, need_weight);
   const auto needed = [](bool need, const std::optional<Tensor>& g) { return need ? g : std::nullopt; };
   return {finished_map(needed(need_input, grad.input), input), finished(needed(need_sampling, grad.offset), input),
           finished(needed(need_sampling, grad.mask), input), finished(grad.weight, input, format_of(weight))};

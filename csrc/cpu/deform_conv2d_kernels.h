@@ -26,8 +26,7 @@ struct Slab {
 
 struct Plan {
   DeformConv2dShape shape;
-  int64_t lanes;   // elements of a vector
-  bool depthwise;  // groups == C == Co: no GEMM; a slab then holds many groups
+  int64_t lanes;  // elements of a vector
   // Groups narrower than a vector are merged into one with block-diagonal weights, so that vectors are full.
   int64_t groups, group_channels, group_out_channels;
   int64_t out_panels;  // panels (vectors) that hold group_out_channels

@@ -16,7 +16,7 @@ namespace {
 template <class T, class Element = T>
 struct Scratch {
   Scratch(const Plan& plan, bool backward, Arena arena) : table(plan.shape.taps(), plan.tile_rows, backward, arena) {
-    const int64_t rows = plan.tile_rows, depth = plan.depthwise ? 0 : plan.shape.taps() * plan.max_padded;
+    const int64_t rows = plan.tile_rows, depth = plan.shape.taps() * plan.max_padded;
     const int64_t out_size = rows * plan.out_panels * kLanes<T>;
     columns = arena.allocate<Element>(rows * depth);
     zeros = arena.allocate<Element>(plan.max_padded);
@@ -37,7 +37,7 @@ struct Scratch {
   SampleTable<T> table;
   Element* columns;             // blocks: rows x (taps * padded channels of a slab); transposed in the backward
   Element* zeros;               // a pixel outside the map
-  T* out = nullptr;             // forward; blocks: rows x output channels of a group (depthwise: a slab)
+  T* out = nullptr;             // forward; blocks: rows x output channels of a group
   Element* grad_out = nullptr;  // backward; its gradient
   Element* grad_out_transposed = nullptr;  // the same as an operand of multiply_transposed
   T* grad_columns = nullptr;               // as columns
@@ -180,44 +180,6 @@ void forward_slab(const ConvForward<T, Element>& args, Tile tile, int64_t index,
                     {scratch.out, plan.out_panels});
 }
 
-// A depthwise convolution: `Vectors` vectors of an output position.
-template <class T, int Vectors>
-void convolve_depthwise(const ConvForward<T, T>& args, const T* map, const T* weight, const Scratch<T>& scratch,
-                        const Slab& slab, int64_t row, int64_t channel, int64_t count, T* to) {
-  constexpr int L = kLanes<T>;
-  Vec<T> sums[Vectors] = {};
-  for (int64_t tap = 0; tap < args.plan.shape.taps(); ++tap) {
-    const Corners<T, T> from(scratch.table, tap * scratch.table.rows + row, map, args.plan.shape.channels,
-                             scratch.zeros);
-    Vec<T> value[Vectors];
-    interpolate<T, Vectors>(value, from, channel, count);
-#pragma GCC unroll 8
-    for (int v = 0; v < Vectors; ++v) sums[v] += load(weight + tap * slab.padded + channel + v * L) * value[v];
-  }
-#pragma GCC unroll 8
-  for (int v = 0; v < Vectors; ++v) store(to + (channel + v * L) * kRowBlock, sums[v]);
-}
-
-// One weight for each tap and channel: samples are multiplied while they are gathered, without columns.
-template <class T>
-void forward_depthwise_slab(const ConvForward<T, T>& args, Tile tile, int64_t index, const Scratch<T>& scratch) {
-  constexpr int L = kLanes<T>, kVectors = kVectorRegisters / 4;  // sums, samples and the rest have their registers
-  const Slab& slab = args.plan.slabs[index];
-  const int64_t panels = slab.padded / L;
-  const T* map = args.input + map_start(args.plan.shape, tile.image, slab);
-  const T* weight = args.packed_weight + slab.weights;
-  for (int64_t row = 0; row < tile.rows; ++row) {
-    T* to = at_sample<T>(scratch.out, row / kRowBlock, row % kRowBlock, 0, 1, panels);
-    int64_t c = 0;
-    for (; c + kVectors * L <= slab.width; c += kVectors * L)
-      convolve_depthwise<T, kVectors>(args, map, weight, scratch, slab, row, c, L, to);
-    for_each_vector<T>(slab.width - c, [&](int64_t v, int64_t count) {
-      convolve_depthwise<T, 1>(args, map, weight, scratch, slab, row, c + v * L, count, to);
-    });
-  }
-  store_output<T>(args, tile, slab.channel, slab.width, {scratch.out, panels});
-}
-
 template <class T, class Element>
 void forward(const ConvForward<T, Element>& args, int64_t index, void* memory) {
   const Plan& plan = args.plan;
@@ -227,12 +189,6 @@ void forward(const ConvForward<T, Element>& args, int64_t index, void* memory) {
   for (int64_t i = 0; i < plan.slab_count; ++i) {
     if (plan.slabs[i].deform_group != located)
       locate(plan.shape, args.offset, args.mask, located = plan.slabs[i].deform_group, tile, scratch.table);
-    if constexpr (std::is_same_v<T, Element>) {
-      if (plan.depthwise) {
-        forward_depthwise_slab(args, tile, i, scratch);
-        continue;
-      }
-    }
     forward_slab(args, tile, i, scratch);
   }
 }
@@ -268,35 +224,6 @@ void backward_slab(const ConvBackward<T, Element>& args, Tile tile, const Slab& 
                                     {scratch.grad_out_transposed, plan.out_panels}, tile.blocks());
 }
 
-template <class T>
-void backward_depthwise_slab(const ConvBackward<T, T>& args, Tile tile, const Slab& slab, T* grad_sampling,
-                             T* grad_weight, const Scratch<T>& scratch) {
-  const int64_t panels = args.plan.out_panels;
-  const int64_t start = map_start(args.plan.shape, tile.image, slab);
-  load_grad_output(args, tile, slab.channel, slab.width, scratch);
-  const auto add_to_weight = [&](int64_t block, int64_t row, int64_t tap) {
-    const T* grad_out = at_sample<T>(scratch.grad_out, block, row, 0, 1, panels);
-    T* sums = grad_weight + tap * slab.padded;
-    return [=](int64_t c, Vec<T> value) {
-      if (grad_weight) store(sums + c, load(sums + c) + value * load(grad_out + c * kRowBlock));
-    };
-  };
-  if (args.packed_weight) {
-    scatter(args.plan.shape, scratch.table, tile, args.input + start, args.grad_input + start, scratch.zeros,
-            scratch.unused, slab.width, grad_sampling, [&](int64_t block, int64_t row, int64_t tap) {
-              const auto add = add_to_weight(block, row, tap);
-              const T* grad_out = at_sample<T>(scratch.grad_out, block, row, 0, 1, panels);
-              const T* weight = args.packed_weight + slab.weights + tap * slab.padded;
-              return [=](int64_t c, Vec<T> value) {
-                add(c, value);
-                return load(weight + c) * load(grad_out + c * kRowBlock);
-              };
-            });
-  } else {
-    gather(args.plan.shape, scratch.table, tile, args.input + start, scratch.zeros, slab.width, add_to_weight);
-  }
-}
-
 template <class T, class Element>
 void backward(const ConvBackward<T, Element>& args, int64_t index, int64_t image_group, void* memory) {
   const Plan& plan = args.plan;
@@ -312,31 +239,9 @@ void backward(const ConvBackward<T, Element>& args, int64_t index, int64_t image
                              ? args.grad_sampling + (index * s.batch + image) * 3 * s.taps() * s.positions() + first
                              : nullptr;
       locate(s, args.offset, args.mask, slab.deform_group, tile, scratch.table);
-      if constexpr (std::is_same_v<T, Element>) {
-        if (plan.depthwise) {
-          backward_depthwise_slab(args, tile, slab, grad_sampling, grad_weight, scratch);
-          continue;
-        }
-      }
       backward_slab(args, tile, slab, grad_sampling, grad_weight, scratch);
     }
   }
-}
-
-template <class T>
-void pack(const Plan& plan, int64_t slab, WeightView<const T> weight, T* packed) {
-  plan.depthwise ? pack_depthwise(plan, slab, weight, packed) : pack_weight(plan, slab, weight, packed);
-}
-
-template <class T>
-void pack_transposed(const Plan& plan, int64_t slab, WeightView<const T> weight, T* packed) {
-  plan.depthwise ? pack_depthwise(plan, slab, weight, packed) : pack_weight_transposed(plan, slab, weight, packed);
-}
-
-template <class T>
-void unpack(const Plan& plan, int64_t slab, const T* packed, WeightView<T> grad_weight) {
-  plan.depthwise ? unpack_depthwise(plan, slab, packed, grad_weight)
-                 : unpack_grad_weight(plan, slab, packed, grad_weight);
 }
 
 }  // namespace
@@ -345,11 +250,11 @@ template <class T>
 DeformConv2dKernels<T> deform_conv2d_kernels() {
   DeformConv2dKernels<T> kernels{kLanes<T>,
                                  kRowBlock,
-                                 {forward_scratch_bytes<T, T>, pack<T>, forward<T, T>},
-                                 {backward_scratch_bytes<T, T>, pack_transposed<T>, backward<T, T>},
+                                 {forward_scratch_bytes<T, T>, pack_weight<T>, forward<T, T>},
+                                 {backward_scratch_bytes<T, T>, pack_weight_transposed<T>, backward<T, T>},
                                  {},
                                  {},
-                                 unpack<T>};
+                                 unpack_grad_weight<T>};
 #if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<T, float>) {
     kernels.bfloat16_forward = {forward_scratch_bytes<T, Bfloat16>, pack_weight, forward<T, Bfloat16>};

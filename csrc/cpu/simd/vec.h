@@ -158,6 +158,41 @@ static inline void store_half(Bfloat16* p, Vec<float> v, uint32_t second) {
   __builtin_memcpy(p, &both, sizeof(both));
 }
 
+#if defined(__AVX512F__)
+// With masks; for these types better matches than the templates above.
+static inline __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+
+static inline Vec<float> load(const float* p, int64_t count) {
+  if (count == kLanes<float>) return load(p);
+  return (Vec<float>)_mm512_maskz_loadu_ps(first_lanes(count), p);
+}
+
+static inline void store(float* p, Vec<float> v, int64_t count) {
+  if (count == kLanes<float>) return store(p, v);
+  _mm512_mask_storeu_ps(p, first_lanes(count), (__m512)v);
+}
+
+static inline Vec<double> load(const double* p, int64_t count) {
+  if (count == kLanes<double>) return load(p);
+  return (Vec<double>)_mm512_maskz_loadu_pd(static_cast<__mmask8>(first_lanes(count)), p);
+}
+
+static inline void store(double* p, Vec<double> v, int64_t count) {
+  if (count == kLanes<double>) return store(p, v);
+  _mm512_mask_storeu_pd(p, static_cast<__mmask8>(first_lanes(count)), (__m512d)v);
+}
+
+static inline Vec<float> load(const Bfloat16* p, int64_t count) {
+  if (count == kLanes<float>) return load(p);
+  const HalfBits half = (HalfBits)_mm256_maskz_loadu_epi16(first_lanes(count), p);
+  return reinterpret_cast<Vec<float>>(widen(half) << 16);
+}
+
+static inline void store(Bfloat16* p, Vec<float> v, int64_t count) {
+  if (count == kLanes<float>) return store(p, v);
+  _mm256_mask_storeu_epi16(p, first_lanes(count), (__m256i)to_bfloat16(v));
+}
+#else
 static inline Vec<float> load(const Bfloat16* p, int64_t count) {
   if (count == kLanes<float>) return load(p);
   Bfloat16 lanes[kLanes<float>] = {};
@@ -171,6 +206,7 @@ static inline void store(Bfloat16* p, Vec<float> v, int64_t count) {
   store(lanes, v);
   for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
 }
+#endif
 
 template <class T>
 static inline T sum(Vec<T> v) {

@@ -92,25 +92,4 @@ static void unpack_grad_weight(const Plan& plan, int64_t index, const T* packed,
   });
 }
 
-// Depthwise: (taps, padded channels) for each slab; a channel is an output channel too.
-template <class T>
-static void pack_depthwise(const Plan& plan, int64_t index, WeightView<const T> weight, T* packed) {
-  const Slab& slab = plan.slabs[index];
-  const int64_t taps = plan.shape.taps();
-  for (int64_t tap = 0; tap < taps; ++tap)
-    for (int64_t c = 0; c < slab.padded; ++c)
-      packed[slab.weights + tap * slab.padded + c] =
-          c < slab.width ? weight_at(plan, weight, slab.channel + c, slab.channel + c)[tap * weight.tap_stride] : T(0);
-}
-
-template <class T>
-static void unpack_depthwise(const Plan& plan, int64_t index, const T* packed, WeightView<T> grad_weight) {
-  const Slab& slab = plan.slabs[index];
-  const int64_t taps = plan.shape.taps();
-  for (int64_t c = 0; c < slab.width; ++c)
-    for (int64_t tap = 0; tap < taps; ++tap)
-      weight_at(plan, grad_weight, slab.channel + c, slab.channel + c)[tap * grad_weight.tap_stride] =
-          sum_partials(plan, packed + slab.weights + tap * slab.padded + c);
-}
-
 }  // namespace dcn::cpu::DCN_ISA
