@@ -12,8 +12,7 @@ namespace DCN_ISA {
 namespace {
 
 // Of output positions. Measured (benchmarks/NOTES.md).
-constexpr int kTileWidth = 16, kTileHeight = 16;
-constexpr int kTileSize = kTileWidth * kTileHeight;
+constexpr int kTileWidth = 16, kTileHeight = 8;
 
 // Output positions [y, y + rows) x [x, x + columns) of an image.
 struct Tile {
@@ -39,17 +38,18 @@ inline int32_t index_in_plane(AxisSample<T> y, AxisSample<T> x, int32_t width) {
   return (x.low & x.high) >= 0 ? row * (width + 1) + x.low + 1 : 0;
 }
 
-// A tile's samples of one tap: one pointer leads to everything that the innermost loops read of them.
+// The samples of one tap in a row of a tile. Those of all taps lie side by side: they are read together, and are in
+// different sets of the cache.
 template <class T>
 struct ForwardSamples {
-  int32_t index[kTileSize];
-  T weight[4][kTileSize];  // times the mask
+  int32_t index[kTileWidth];
+  T weight[4][kTileWidth];  // times the mask
 };
 
 template <class T>
 struct BackwardSamples : ForwardSamples<T> {
-  T frac_y[kTileSize], frac_x[kTileSize], mask[kTileSize];
-  T dots[kTileSize][4];  // for sampling_gradient
+  T frac_y[kTileWidth], frac_x[kTileWidth], mask[kTileWidth];
+  T dots[kTileWidth][4];  // for sampling_gradient
 };
 
 template <class T, class Samples>
@@ -57,20 +57,20 @@ struct Scratch {
   static constexpr bool kBackward = std::is_same_v<Samples, BackwardSamples<T>>;
   Scratch(const DepthwisePlan& plan, int64_t padded, Arena arena) {
     const int64_t taps = plan.shape.taps(), plane_size = Plane(plan.shape, padded).elements();
-    samples = arena.allocate<Samples>(taps);
+    samples = arena.allocate<Samples>(kTileHeight * taps);
     weight = arena.allocate<T>(taps * padded);
     bias = arena.allocate<T>(padded);
     plane = arena.allocate<T>(plane_size);
-    rows = arena.allocate<T>((kBackward ? kTileSize : kTileWidth) * padded);
+    rows = arena.allocate<T>(kTileWidth * padded);
     grad_weight = arena.allocate<T>(kBackward ? taps * padded : 0);
     grad_plane = arena.allocate<T>(kBackward ? plane_size : 0);
     bytes = arena.used();
   }
-  Samples* samples;  // (taps)
+  Samples* samples;  // (rows of a tile, taps)
   T* weight;         // (taps, padded)
   T* bias;           // (padded)
   T* plane;
-  T* rows;         // (positions, padded): of the output, or of a tile of its gradient
+  T* rows;         // (positions, padded): of the output or its gradient, in a row of a tile
   T* grad_weight;  // as weight
   T* grad_plane;   // as plane; its border is not read
   int64_t bytes;
@@ -189,8 +189,8 @@ void locate(const DeformConv2dShape& s, const T* offset, const T* mask, int64_t 
   for (int64_t tap = 0; tap < taps; ++tap) {
     const T tap_y = static_cast<T>(tap / s.kernel_w * s.dilation_h);
     const T tap_x = static_cast<T>(tap % s.kernel_w * s.dilation_w);
-    Samples& to = samples[tap];
     for (int64_t r = 0; r < tile.rows; ++r) {
+      Samples& to = samples[r * taps + tap];
       const T y = static_cast<T>((tile.y + r) * s.stride_h - s.pad_h) + tap_y;
       const T* from_y = offset + (group * taps + tap) * 2 * positions + tile.position(s, r);
       const T* from_mask = mask ? mask + (group * taps + tap) * positions + tile.position(s, r) : nullptr;
@@ -201,19 +201,18 @@ void locate(const DeformConv2dShape& s, const T* offset, const T* mask, int64_t 
         store(dx + i, load(from_y + positions + i, count));
         store(m + i, from_mask ? load(from_mask + i, count) : Vec<T>{} + T(1));
       });
-      const int64_t start = r * kTileWidth;
 #pragma GCC ivdep
       for (int i = 0; i < kTileWidth; ++i) {
         const auto at_y = locate_zero_padded(y + dy[i], height);
         const auto at_x = locate_zero_padded(base_x[i] + tap_x + dx[i], width);
         const auto sample = make_sample(at_y, at_x, 0);  // for its weights alone
-        to.index[start + i] = index_in_plane(at_y, at_x, width);
+        to.index[i] = index_in_plane(at_y, at_x, width);
 #pragma GCC unroll 4
-        for (int k = 0; k < 4; ++k) to.weight[k][start + i] = sample.weight[k] * m[i];
+        for (int k = 0; k < 4; ++k) to.weight[k][i] = sample.weight[k] * m[i];
         if constexpr (std::is_same_v<Samples, BackwardSamples<T>>) {
-          to.frac_y[start + i] = sample.frac_y;
-          to.frac_x[start + i] = sample.frac_x;
-          to.mask[start + i] = m[i];
+          to.frac_y[i] = sample.frac_y;
+          to.frac_x[i] = sample.frac_x;
+          to.mask[i] = m[i];
         }
       }
     }
@@ -245,18 +244,18 @@ void prepare(const DeformConv2dShape& s, const Slab& slab, const T* weight, cons
   clear_border(Plane(s, slab.padded), scratch.plane);
 }
 
-// Output positions [first, first + columns) of a tile. In the caller the loops would lack registers.
+// Row `r` of a tile. In the caller the loops would lack registers.
 template <class T, int V>
 __attribute__((noinline)) void forward_row(const Scratch<T, ForwardSamples<T>>& scratch, int64_t taps, int64_t row,
-                                           int64_t first, int64_t columns) {
+                                           int64_t r, int64_t columns) {
   constexpr int L = kLanes<T>, kPadded = V * L;
   T* out = scratch.rows;
-  for (int64_t i = first; i < first + columns; ++i, out += kPadded) {
+  for (int64_t i = 0; i < columns; ++i, out += kPadded) {
     const T* weight = scratch.weight;
     Vec<T> sums[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) sums[v] = load(scratch.bias + v * L);
-    const ForwardSamples<T>* samples = scratch.samples;
+    const ForwardSamples<T>* samples = scratch.samples + r * taps;
     for (int64_t tap = 0; tap < taps; ++tap, ++samples, weight += kPadded) {
       const T* top = scratch.plane + samples->index[i] * int64_t{kPadded};
       const T* bottom = top + row;
@@ -284,20 +283,19 @@ void forward_slab(const DepthwiseForward<T, Element>& args, const Slab& slab, in
   for_each_tile(s, image, [&](Tile tile) {
     locate(s, args.offset, args.mask, slab.deform_group, tile, scratch.samples);
     for (int64_t r = 0; r < tile.rows; ++r) {
-      forward_row<T, V>(scratch, s.taps(), plane.row, r * kTileWidth, tile.columns);
+      forward_row<T, V>(scratch, s.taps(), plane.row, r, tile.columns);
       write_pixels<T>(args.output, image, slab, tile.position(s, r), tile.columns,
                       Neighbours<const T>{scratch.rows, slab.padded});
     }
   });
 }
 
-// Samples [first, first + columns) of a tile and a tap: their values enter the weight's gradient; with Scatter, their
-// gradient goes back into the plane and into `dots`.
+// The samples of a tap in a row of a tile: their values enter the weight's gradient; with Scatter, their gradient goes
+// back into the plane and into `dots`.
 template <class T, int V, bool Scatter>
-__attribute__((noinline)) void backward_row(const Scratch<T, BackwardSamples<T>>& scratch, int64_t tap, int64_t row,
-                                            int64_t first, int64_t columns) {
+__attribute__((noinline)) void backward_row(const Scratch<T, BackwardSamples<T>>& scratch, BackwardSamples<T>& samples,
+                                            int64_t tap, int64_t row, int64_t columns) {
   constexpr int L = kLanes<T>, kPadded = V * L;
-  BackwardSamples<T>& samples = scratch.samples[tap];
   T* grad_weight = scratch.grad_weight + tap * kPadded;
   Vec<T> sums[V], weight[V];
 #pragma GCC unroll 4
@@ -305,7 +303,7 @@ __attribute__((noinline)) void backward_row(const Scratch<T, BackwardSamples<T>>
     sums[v] = load(grad_weight + v * L);
     weight[v] = load(scratch.weight + tap * kPadded + v * L);
   }
-  for (int64_t i = first; i < first + columns; ++i) {
+  for (int64_t i = 0; i < columns; ++i) {
     const T* grad_out = scratch.rows + i * kPadded;
     const T* corner[2] = {scratch.plane + samples.index[i] * int64_t{kPadded}};
     T* grad_corner[2] = {scratch.grad_plane + samples.index[i] * int64_t{kPadded}};
@@ -340,17 +338,16 @@ void store_sampling_gradients(const DeformConv2dShape& s, const BackwardSamples<
   const int64_t positions = s.positions();
   for (int64_t tap = 0; tap < s.taps(); ++tap)
     for (int64_t r = 0; r < tile.rows; ++r) {
-      const BackwardSamples<T>& from = samples[tap];
+      const BackwardSamples<T>& from = samples[r * s.taps() + tap];
       T* grad = grad_sampling + tap * 3 * positions + tile.position(s, r);
 #pragma GCC ivdep
-      for (int64_t c = 0; c < tile.columns; ++c) {
-        const int64_t i = r * kTileWidth + c;
+      for (int64_t i = 0; i < tile.columns; ++i) {
         // Only the weights, without the mask, and the fractions are needed here, not the pixels.
         const auto sample = make_sample<T>({0, 0, from.frac_y[i]}, {0, 0, from.frac_x[i]}, 0);
         const auto gradient = sampling_gradient(sample, from.dots[i], from.mask[i]);
-        grad[c] = gradient.y;
-        grad[positions + c] = gradient.x;
-        grad[2 * positions + c] = gradient.mask;
+        grad[i] = gradient.y;
+        grad[positions + i] = gradient.x;
+        grad[2 * positions + i] = gradient.mask;
       }
     }
 }
@@ -374,10 +371,10 @@ void backward_slab(const DepthwiseBackward<T, Element>& args, int64_t index, int
     for_each_tile(s, image, [&](Tile tile) {
       locate(s, args.offset, args.mask, slab.deform_group, tile, scratch.samples);
       for (int64_t r = 0; r < tile.rows; ++r) {
-        const int64_t first = r * kTileWidth;
         read_pixels<T, V>(args.grad_output, image, slab, tile.position(s, r), tile.columns,
-                          Neighbours<T>{scratch.rows + first * slab.padded, slab.padded});
-        for (int64_t tap = 0; tap < taps; ++tap) run_row(scratch, tap, plane.row, first, tile.columns);
+                          Neighbours<T>{scratch.rows, slab.padded});
+        for (int64_t tap = 0; tap < taps; ++tap)
+          run_row(scratch, scratch.samples[r * taps + tap], tap, plane.row, tile.columns);
       }
       if (scatter)
         store_sampling_gradients(s, scratch.samples, tile,
