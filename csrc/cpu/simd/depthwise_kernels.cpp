@@ -296,6 +296,8 @@ template <class T, int V, bool Scatter>
 __attribute__((noinline)) void backward_row(const Scratch<T, BackwardSamples<T>>& scratch, BackwardSamples<T>& samples,
                                             int64_t tap, int64_t row, int64_t columns) {
   constexpr int L = kLanes<T>, kPadded = V * L;
+  const T* plane = scratch.plane;
+  T* grad_plane = scratch.grad_plane;
   T* grad_weight = scratch.grad_weight + tap * kPadded;
   Vec<T> sums[V], weight[V];
 #pragma GCC unroll 4
@@ -305,9 +307,10 @@ __attribute__((noinline)) void backward_row(const Scratch<T, BackwardSamples<T>>
   }
   for (int64_t i = 0; i < columns; ++i) {
     const T* grad_out = scratch.rows + i * kPadded;
-    const T* corner[2] = {scratch.plane + samples.index[i] * int64_t{kPadded}};
-    T* grad_corner[2] = {scratch.grad_plane + samples.index[i] * int64_t{kPadded}};
-    corner[1] = corner[0] + row, grad_corner[1] = grad_corner[0] + row;
+    const int64_t top = samples.index[i] * int64_t{kPadded}, bottom = top + row;
+    const int64_t at[4] = {top, top + kPadded, bottom, bottom + kPadded};
+    // Read before anything is stored, so that the compiler knows that they stay the same.
+    const T factor[4] = {samples.weight[0][i], samples.weight[1][i], samples.weight[2][i], samples.weight[3][i]};
     Vec<T> dots[4] = {};
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
@@ -315,15 +318,18 @@ __attribute__((noinline)) void backward_row(const Scratch<T, BackwardSamples<T>>
       Vec<T> value = {};
 #pragma GCC unroll 4
       for (int k = 0; k < 4; ++k) {
-        const int64_t at = k % 2 * kPadded + v * L;
-        const Vec<T> pixel = load(corner[k / 2] + at);
-        value += samples.weight[k][i] * pixel;
-        if constexpr (Scatter) {
-          dots[k] += grad * pixel;
-          store(grad_corner[k / 2] + at, load(grad_corner[k / 2] + at) + samples.weight[k][i] * grad);
-        }
+        const Vec<T> pixel = load(plane + at[k] + v * L);
+        value += factor[k] * pixel;
+        if constexpr (Scatter) dots[k] += grad * pixel;
       }
       sums[v] += value * out;
+      if constexpr (Scatter) {
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) {
+          T* to = grad_plane + at[k] + v * L;
+          store(to, load(to) + factor[k] * grad);
+        }
+      }
     }
     if constexpr (Scatter) store_sums<T>(samples.dots[i], dots);
   }
