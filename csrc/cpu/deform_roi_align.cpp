@@ -39,7 +39,7 @@ Tensor forward(const Tensor& input, const Tensor& rois, const std::optional<Tens
       check_batch_indices(data<T>(boxes), shape.rois, shape.batch);
       const RoIForward<T, Element> args{shape,          data<Element>(map),    data<T>(boxes), data<T>(offsets),
                                         data<T>(masks), data<Element>(output), channels_last};
-      parallel_tasks(shape.rois, kernels.scratch_bytes(shape),
+      parallel_tasks(shape.rois, kernels.forward_scratch_bytes(shape),
                      [&](int64_t roi, void* scratch) { kernels.forward(args, roi, scratch); });
     });
   }
@@ -72,7 +72,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
               "(K, C, output height, output width)");
   const ScalarType type = compute_type(input.scalar_type()), stored = stored_type(input.scalar_type());
   // One pass over the samples gives all gradients.
-  const auto grad_input = zeroed(make_gradient(true, input, type, MemoryFormat::ChannelsLast));
+  auto grad_input = make_gradient(true, input, stored, format_of(input));
+  if (shape.rois == 0) grad_input = zeroed(grad_input);  // otherwise the kernels write all of it
   const auto grad_offset = zeroed(make_gradient(need_sampling, offset, type));
   const auto grad_mask = zeroed(make_gradient(need_sampling, mask, type));
   if (shape.rois > 0) {
@@ -84,14 +85,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
       const int64_t slabs = divide_up(shape.channels, kRoISlabChannels);
       const Tensor partials = empty(input, {slabs * shape.rois * 3 * shape.bins()}, type);
       const RoIBackward<T, Element> args{
-          shape,          data<Element>(grad), data<Element>(map), data<T>(boxes), data<T>(offsets),
-          data<T>(masks), data<T>(grad_input), data<T>(partials)};
-      parallel_tasks(slabs * shape.batch, kernels.scratch_bytes(shape),
+          shape,          data<Element>(grad),           data<Element>(map), data<T>(boxes), data<T>(offsets),
+          data<T>(masks), view_of<Element>(*grad_input), data<T>(partials)};
+      parallel_tasks(slabs * shape.batch, kernels.backward_scratch_bytes(shape),
                      [&](int64_t task, void* scratch) { kernels.backward(args, task % slabs, task / slabs, scratch); });
       if (need_sampling) reduce_sampling(shape, slabs, data<T>(partials), data<T>(grad_offset), data<T>(grad_mask));
     });
   }
-  return {finished_map(need_input ? grad_input : std::nullopt, input), finished(grad_offset, input),
+  return {finished(need_input ? grad_input : std::nullopt, input, format_of(input)), finished(grad_offset, input),
           finished(grad_mask, input)};
 }
 

@@ -4,11 +4,13 @@
 // A bin's samples form a grid, so their bilinear weights are separable: the bin is a sum over few pixels of
 // weight_y[row] * weight_x[column] * map[row, column], in which each pixel is read once however many samples touch it.
 //   forward   a task is a RoI
-//   backward  a task is an image and a slab of channels, and alone writes to its part of grad_input
+//   backward  a task is an image and a slab of channels, and alone writes to its part of grad_input, which it sums in
+//             scratch memory
 // So nothing is atomic and results do not depend on the number of threads.
 #pragma once
 #include "../deform_roi_align_shape.h"
 #include "bfloat16.h"
+#include "map_view.h"
 
 namespace dcn::cpu {
 
@@ -34,14 +36,15 @@ struct RoIBackward {
   const T* rois;
   const T* offset;
   const T* mask;
-  T* grad_input;     // (N, H, W, C), zero on entry
+  MapView<Element> grad_input;
   T* grad_sampling;  // (slabs, K, 3, oh * ow): partial sums of d/d offset x, d/d offset y, d/d mask
 };
 
 template <class T, class Element>
 struct RoIFunctions {
-  int64_t (*scratch_bytes)(const DeformRoIAlignShape&);
+  int64_t (*forward_scratch_bytes)(const DeformRoIAlignShape&);
   void (*forward)(const RoIForward<T, Element>&, int64_t roi, void* scratch);
+  int64_t (*backward_scratch_bytes)(const DeformRoIAlignShape&);
   void (*backward)(const RoIBackward<T, Element>&, int64_t slab, int64_t image, void* scratch);
 };
 

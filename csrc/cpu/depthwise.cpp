@@ -4,6 +4,7 @@
 
 #include "depthwise_kernels.h"
 #include "dispatch.h"
+#include "layout.h"
 #include "parallel.h"
 
 DCN_KERNELS(DepthwiseKernels, depthwise_kernels)
@@ -58,12 +59,6 @@ void for_stored_type(ScalarType stored, const Run& run) {
   stored == ScalarType::BFloat16 ? run(kernels, kernels.bfloat16) : run(kernels, kernels.plain);
 }
 
-// `map` is contiguous in its format.
-template <class Element>
-MapView<Element> view(const Tensor& map) {
-  return {static_cast<Element*>(map.data_ptr()), map.size(1), map.size(2) * map.size(3), prefers_channels_last(map)};
-}
-
 }  // namespace
 
 Tensor depthwise_forward(const DeformConv2dShape& s, const Tensor& input, const Tensor& offset, const Tensor& weight,
@@ -77,12 +72,12 @@ Tensor depthwise_forward(const DeformConv2dShape& s, const Tensor& input, const 
                                                       const DepthwiseFunctions<T, Element>& functions) {
     const OwnedDepthwisePlan plan(s, kernels.lanes, torch::stable::get_num_threads());  // an output is of one task
     const DepthwiseForward<T, Element> args{plan,
-                                            view<const Element>(map),
+                                            view_of<const Element>(map),
                                             data<T>(offsets),
                                             data<T>(masks),
                                             data<T>(weights),
                                             data<T>(biases),
-                                            view<Element>(output)};
+                                            view_of<Element>(output)};
     parallel_tasks(plan.slab_count * s.batch, kernels.scratch_bytes(plan, false), [&](int64_t task, void* scratch) {
       functions.forward(args, task % plan.slab_count, task / plan.slab_count, scratch);
     });
@@ -108,12 +103,12 @@ Gradients depthwise_backward(const DeformConv2dShape& s, const Tensor& grad_outp
         empty(input, {need_samples ? plan.slab_count * s.batch * 3 * s.taps() * s.positions() : 0}, type);
     const Tensor weight_partials = empty(input, {need_weight ? plan.image_groups * size : 0}, type);
     const DepthwiseBackward<T, Element> args{plan,
-                                             view<const Element>(grad_map),
-                                             view<const Element>(map),
+                                             view_of<const Element>(grad_map),
+                                             view_of<const Element>(map),
                                              data<T>(offsets),
                                              data<T>(masks),
                                              data<T>(weights),
-                                             need_samples ? view<Element>(*grad.input) : MapView<Element>{},
+                                             need_samples ? view_of<Element>(*grad.input) : MapView<Element>{},
                                              data<T>(partials),
                                              need_weight ? data<T>(weight_partials) : nullptr};
     parallel_tasks(plan.slab_count * plan.image_groups, kernels.scratch_bytes(plan, true),

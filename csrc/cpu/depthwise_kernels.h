@@ -7,16 +7,9 @@
 // outside, and neighbouring pixels are neighbours in the cache.
 #pragma once
 #include "deform_conv2d_kernels.h"
+#include "map_view.h"
 
 namespace dcn::cpu {
-
-// A map (N, C, pixels), or (N, pixels, C) if channels_last.
-template <class Element>
-struct MapView {
-  Element* data;
-  int64_t channels, pixels;
-  bool channels_last;
-};
 
 // Slabs are padded to 1, 2 or 4 vectors; of Slab's members `group` and `weights` are not used.
 struct DepthwisePlan {

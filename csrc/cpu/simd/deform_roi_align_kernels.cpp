@@ -3,7 +3,7 @@
 #include <type_traits>
 
 #include "arena.h"
-#include "vec.h"
+#include "map_pixels.h"
 
 namespace dcn::cpu {
 namespace DCN_ISA {
@@ -17,23 +17,36 @@ struct AxisWeights {
   int32_t begin, end;
 };
 
+// Channels of a slab, rounded up to vectors.
+template <class T>
+int64_t padded_slab(const DeformRoIAlignShape& s) {
+  return divide_up(lesser(kRoISlabChannels, s.channels), kLanes<T>) * kLanes<T>;
+}
+
 template <class T, class Element>
 struct Scratch {
-  Scratch(const DeformRoIAlignShape& s, Arena arena) {
+  Scratch(const DeformRoIAlignShape& s, bool backward, Arena arena) {
     y_storage[0] = arena.allocate<T>(s.height), y_storage[1] = arena.allocate<T>(s.height);
     x_storage[0] = arena.allocate<T>(s.width), x_storage[1] = arena.allocate<T>(s.width);
-    bins = arena.allocate<Element>(s.bins() * s.channels);
+    bins = arena.allocate<Element>(backward ? 0 : s.bins() * s.channels);
+    grad_map = arena.allocate<T>(backward ? s.height * s.width * padded_slab<T>(s) : 0);
     bytes = arena.used();
   }
   T* y_storage[2];
   T* x_storage[2];
   Element* bins;  // forward: (oh * ow, C)
+  T* grad_map;    // backward: (H * W, padded_slab)
   int64_t bytes;
 };
 
 template <class T, class Element>
-int64_t scratch_bytes(const DeformRoIAlignShape& s) {
-  return Scratch<T, Element>(s, Arena(nullptr)).bytes;
+int64_t forward_scratch_bytes(const DeformRoIAlignShape& s) {
+  return Scratch<T, Element>(s, false, Arena(nullptr)).bytes;
+}
+
+template <class T, class Element>
+int64_t backward_scratch_bytes(const DeformRoIAlignShape& s) {
+  return Scratch<T, Element>(s, true, Arena(nullptr)).bytes;
 }
 
 template <class T>
@@ -106,7 +119,7 @@ template <class T, class Element>
 void forward(const RoIForward<T, Element>& args, int64_t index, void* memory) {
   constexpr int L = kLanes<T>;
   const DeformRoIAlignShape& s = args.shape;
-  const Scratch<T, Element> scratch(s, Arena(memory));
+  const Scratch<T, Element> scratch(s, false, Arena(memory));
   const RoI<T> roi(s, args.rois + index * 5, args.offset, args.mask, index);
   const Element* map = args.input + roi.image * s.height * s.width * s.channels;
   Element* output = args.output + index * s.bins() * s.channels;
@@ -131,9 +144,11 @@ template <class T, class Element>
 void backward(const RoIBackward<T, Element>& args, int64_t slab, int64_t image, void* memory) {
   constexpr int L = kLanes<T>;
   const DeformRoIAlignShape& s = args.shape;
-  const Scratch<T, Element> scratch(s, Arena(memory));
+  const Scratch<T, Element> scratch(s, true, Arena(memory));
   const int64_t channel = slab * kRoISlabChannels, width = lesser(kRoISlabChannels, s.channels - channel);
-  const int64_t map_start = image * s.height * s.width * s.channels + channel;
+  const int64_t pixels = s.height * s.width, padded = padded_slab<T>(s);
+  const Element* map = args.input + image * pixels * s.channels + channel;
+  for (int64_t i = 0; i < pixels * padded; ++i) scratch.grad_map[i] = T(0);
   for (int64_t index = 0; index < s.rois; ++index) {
     const RoI<T> roi(s, args.rois + index * 5, args.offset, args.mask, index);
     if (roi.image != image) continue;
@@ -144,20 +159,26 @@ void backward(const RoIBackward<T, Element>& args, int64_t slab, int64_t image, 
       const auto x =
           weigh(roi.x, bin % s.out_width, roi.shift_x(bin), static_cast<int32_t>(s.width), scratch.x_storage);
       const T mask = roi.mask_of(bin);
-      const Element* grad = args.grad_output + (index * s.bins() + bin) * s.channels + channel;
+      const Element* grad_output = args.grad_output + (index * s.bins() + bin) * s.channels + channel;
+      // Four bins ahead: what is read of one is too short for the processor to foresee the next.
+      for (int64_t c = 0; c < width; c += 64 / static_cast<int64_t>(sizeof(Element)))
+        __builtin_prefetch(grad_output + 4 * s.channels + c);
+      T grad[kRoISlabChannels];
+      for_each_vector<T>(width,
+                         [&](int64_t v, int64_t count) { store(grad + v * L, load(grad_output + v * L, count)); });
       T sum_y = T(0), sum_x = T(0), sum_mask = T(0);
       for (int32_t row = y.begin; row < y.end; ++row) {
         for (int32_t column = x.begin; column < x.end; ++column) {
-          const int64_t pixel = map_start + (row * s.width + column) * s.channels;
+          const int64_t pixel = row * s.width + column;
           const T weight = y.weight[row] * x.weight[column] * roi.inverse_count;
-          const Element* value = args.input + pixel;
-          T* grad_pixel = args.grad_input + pixel;
+          const Element* value = map + pixel * s.channels;
+          T* grad_pixel = scratch.grad_map + pixel * padded;
           Vec<T> dots = {};
           for_each_vector<T>(width, [&](int64_t v, int64_t count) {
             const int64_t c = v * L;
-            const Vec<T> g = load(grad + c, count);
+            const Vec<T> g = load(grad + c);
             dots += g * load(value + c, count);
-            store(grad_pixel + c, load(grad_pixel + c, count) + weight * mask * g, count);
+            store(grad_pixel + c, load(grad_pixel + c) + weight * mask * g);
           });
           const T dot = sum<T>(dots);
           sum_y += y.slope[row] * x.weight[column] * dot;
@@ -170,15 +191,19 @@ void backward(const RoIBackward<T, Element>& args, int64_t slab, int64_t image, 
       grad_sampling[2 * s.bins() + bin] = sum_mask;
     }
   }
+  write_pixels<T>(args.grad_input, image, {channel, width}, 0, pixels,
+                  Neighbours<const T>{scratch.grad_map, padded});
 }
 
 }  // namespace
 
 template <class T>
 DeformRoIAlignKernels<T> deform_roi_align_kernels() {
-  DeformRoIAlignKernels<T> kernels{{scratch_bytes<T, T>, forward<T, T>, backward<T, T>}, {}};
+  DeformRoIAlignKernels<T> kernels{
+      {forward_scratch_bytes<T, T>, forward<T, T>, backward_scratch_bytes<T, T>, backward<T, T>}, {}};
   if constexpr (std::is_same_v<T, float>)
-    kernels.bfloat16 = {scratch_bytes<T, Bfloat16>, forward<T, Bfloat16>, backward<T, Bfloat16>};
+    kernels.bfloat16 = {forward_scratch_bytes<T, Bfloat16>, forward<T, Bfloat16>, backward_scratch_bytes<T, Bfloat16>,
+                        backward<T, Bfloat16>};
   return kernels;
 }
 template DeformRoIAlignKernels<float> deform_roi_align_kernels();

@@ -4,8 +4,7 @@
 
 #include "../../sampling.h"
 #include "arena.h"
-#include "transpose.h"
-#include "vec.h"
+#include "map_pixels.h"
 
 namespace dcn::cpu {
 namespace DCN_ISA {
@@ -90,70 +89,7 @@ inline void for_each_tile(const DeformConv2dShape& s, int64_t image, Visit visit
       visit(Tile{image, y, x, lesser(kTileHeight, s.out_height - y), lesser(kTileWidth, s.out_width - x)});
 }
 
-// Copies `count` pixels of a slab's channels, from `first` on. next() returns where each goes in turn: V vectors, zeros
-// past the slab's channels.
-template <class T, int V, class Element, class Next>
-inline void read_pixels(MapView<const Element> map, int64_t image, const Slab& slab, int64_t first, int64_t count,
-                        Next next) {
-  constexpr int L = kLanes<T>;
-  if (map.channels_last) {
-    const Element* from = map.data + (image * map.pixels + first) * map.channels + slab.channel;
-    for (int64_t p = 0; p < count; ++p, from += map.channels) {
-      T* to = next();
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) {
-        const int64_t lanes = lesser(L, slab.width - v * L);
-        store(to + v * L, lanes > 0 ? load(from + v * L, lanes) : Vec<T>{});
-      }
-    }
-    return;
-  }
-  for (int v = 0; v < V; ++v) {
-    const Element* from = map.data + (image * map.channels + slab.channel + v * L) * map.pixels + first;
-    Next to = next;
-    for (int64_t p = 0; p < count; p += L, from += L) {
-      const int64_t pixels = lesser(L, count - p);
-      Vec<T> block[L];
-#pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) block[i] = v * L + i < slab.width ? load(from + i * map.pixels, pixels) : Vec<T>{};
-      transpose_rows<L>(block);
-#pragma GCC unroll 16
-      for (int i = 0; i < L; ++i)
-        if (i < pixels) store(to() + v * L, block[i]);
-    }
-  }
-}
-
-// The inverse.
-template <class T, class Element, class Next>
-inline void write_pixels(MapView<Element> map, int64_t image, const Slab& slab, int64_t first, int64_t count,
-                         Next next) {
-  constexpr int L = kLanes<T>;
-  if (map.channels_last) {
-    Element* to = map.data + (image * map.pixels + first) * map.channels + slab.channel;
-    for (int64_t p = 0; p < count; ++p, to += map.channels) {
-      const T* from = next();
-      for_each_vector<T>(slab.width, [&](int64_t v, int64_t lanes) { store(to + v * L, load(from + v * L), lanes); });
-    }
-    return;
-  }
-  for_each_vector<T>(slab.width, [&](int64_t v, int64_t lanes) {
-    Element* to = map.data + (image * map.channels + slab.channel + v * L) * map.pixels + first;
-    Next from = next;
-    for (int64_t p = 0; p < count; p += L, to += L) {
-      const int64_t pixels = lesser(L, count - p);
-      Vec<T> block[L];
-#pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) block[i] = i < pixels ? load(from() + v * L) : Vec<T>{};
-      transpose_rows<L>(block);
-#pragma GCC unroll 16
-      for (int i = 0; i < L; ++i)
-        if (i < lanes) store(to + i * map.pixels, block[i], pixels);
-    }
-  });
-}
-
-// next() of the above: the map's pixels in a plane.
+// next() of read_pixels and write_pixels: the map's pixels in a plane.
 template <class T>
 struct PlanePixels {
   PlanePixels(const Plane& plane, T* data) : to(data + plane.at(0)), padded(plane.padded), width(plane.width) {}
@@ -165,18 +101,6 @@ struct PlanePixels {
   }
   T* to;
   int64_t padded, width, x = 0;
-};
-
-// next(): neighbours.
-template <class T>
-struct Neighbours {
-  T* operator()() {
-    T* pixel = to;
-    to += padded;
-    return pixel;
-  }
-  T* to;
-  int64_t padded;
 };
 
 template <class T, class Samples>
@@ -277,14 +201,15 @@ template <class T, int V, class Element>
 void forward_slab(const DepthwiseForward<T, Element>& args, const Slab& slab, int64_t image, void* memory) {
   const DeformConv2dShape& s = args.plan.shape;
   const Plane plane(s, slab.padded);
+  const ChannelRange channels{slab.channel, slab.width};
   const Scratch<T, ForwardSamples<T>> scratch(args.plan, slab.padded, Arena(memory));
   prepare(s, slab, args.weight, args.bias, scratch);
-  read_pixels<T, V>(args.input, image, slab, 0, args.input.pixels, PlanePixels<T>(plane, scratch.plane));
+  read_pixels<T, V>(args.input, image, channels, 0, args.input.pixels, PlanePixels<T>(plane, scratch.plane));
   for_each_tile(s, image, [&](Tile tile) {
     locate(s, args.offset, args.mask, slab.deform_group, tile, scratch.samples);
     for (int64_t r = 0; r < tile.rows; ++r) {
       forward_row<T, V>(scratch, s.taps(), plane.row, r, tile.columns);
-      write_pixels<T>(args.output, image, slab, tile.position(s, r), tile.columns,
+      write_pixels<T>(args.output, image, channels, tile.position(s, r), tile.columns,
                       Neighbours<const T>{scratch.rows, slab.padded});
     }
   });
@@ -364,6 +289,7 @@ void backward_slab(const DepthwiseBackward<T, Element>& args, int64_t index, int
   const DeformConv2dShape& s = plan.shape;
   const Slab& slab = plan.slabs[index];
   const Plane plane(s, slab.padded);
+  const ChannelRange channels{slab.channel, slab.width};
   const Scratch<T, BackwardSamples<T>> scratch(plan, slab.padded, Arena(memory));
   const int64_t taps = s.taps();
   const bool scatter = args.grad_input.data;
@@ -372,12 +298,12 @@ void backward_slab(const DepthwiseBackward<T, Element>& args, int64_t index, int
   clear(scratch.grad_weight, taps * slab.padded);
   const int64_t last_image = (image_group + 1) * s.batch / plan.image_groups;
   for (int64_t image = image_group * s.batch / plan.image_groups; image < last_image; ++image) {
-    read_pixels<T, V>(args.input, image, slab, 0, args.input.pixels, PlanePixels<T>(plane, scratch.plane));
+    read_pixels<T, V>(args.input, image, channels, 0, args.input.pixels, PlanePixels<T>(plane, scratch.plane));
     if (scatter) clear(scratch.grad_plane, plane.elements());
     for_each_tile(s, image, [&](Tile tile) {
       locate(s, args.offset, args.mask, slab.deform_group, tile, scratch.samples);
       for (int64_t r = 0; r < tile.rows; ++r) {
-        read_pixels<T, V>(args.grad_output, image, slab, tile.position(s, r), tile.columns,
+        read_pixels<T, V>(args.grad_output, image, channels, tile.position(s, r), tile.columns,
                           Neighbours<T>{scratch.rows, slab.padded});
         for (int64_t tap = 0; tap < taps; ++tap)
           run_row(scratch, scratch.samples[r * taps + tap], tap, plane.row, tile.columns);
@@ -387,7 +313,7 @@ void backward_slab(const DepthwiseBackward<T, Element>& args, int64_t index, int
                                  args.grad_sampling + (index * s.batch + image) * 3 * taps * s.positions());
     });
     if (scatter)
-      write_pixels<T>(args.grad_input, image, slab, 0, args.grad_input.pixels,
+      write_pixels<T>(args.grad_input, image, channels, 0, args.grad_input.pixels,
                       PlanePixels<const T>(plane, scratch.grad_plane));
   }
   if (!args.grad_weight) return;
