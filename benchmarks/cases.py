@@ -200,7 +200,7 @@ class RoI(Case):
         maps, offsets = (tuple(level[i] for level in levels) for i in (0, 2))
         bins, ratio = self.bins, self.sampling_ratio
 
-        def on_levels(pool):
+        def on_levels(pool, levels=levels):
             return lambda: tuple(pool(*level) for level in levels)
 
         pools, moving = peers.roi_align(bins, ratio)
@@ -208,10 +208,17 @@ class RoI(Case):
         floor = next((name for name, _ in pools), None)
         for name, pool in pools:
             yield Contender(name, on_levels(pool), maps, floor, straight, optional=True)
-        ours = on_levels(lambda x, rois, offset, scale: deform_roi_align(x, rois, offset, bins, scale, ratio))
+
+        def move(x, rois, offset, scale):
+            return deform_roi_align(x, rois, offset, bins, scale, ratio)
+
         still = on_levels(lambda x, rois, _, scale: deform_roi_align(x, rois, None, bins, scale, ratio))
-        yield Contender("dcn_plugin", ours, (*maps, *offsets), floor, operations=self.operations(levels))
+        yield Contender("dcn_plugin", on_levels(move), (*maps, *offsets), floor, operations=self.operations(levels))
         yield Contender(straight, still, maps, floor)
+        if self.dtype.itemsize == 2:
+            wide = [(*(t.detach().float() for t in level[:3]), level[3]) for level in levels]
+            leaves = tuple(level[i].requires_grad_() for i in (0, 2) for level in wide)
+            yield Contender("dcn_plugin, float32", on_levels(move, wide), leaves, floor)
         for name, pool in moving:
             yield Contender(name, on_levels(pool), (*maps, *offsets), floor, "dcn_plugin", optional=True)
 
@@ -341,7 +348,8 @@ def cpu_cases(threads):
     for label, shape in stages.items():
         yield Conv(f"{label} zero offsets", shape=shape, offset_pixels=0.0)
     yield Conv("c4 v1", shape=stages["c4"], modulated=False)
-    yield RoI("FPN sampling_ratio 2", torch.bfloat16)
+    for last in (False, True):
+        yield RoI("FPN sampling_ratio 2", torch.bfloat16, last)
     for dtype in (torch.float32, torch.bfloat16):
         yield Attention("encoder", dtype, images=1, memory=True)
         yield Attention("decoder", dtype, queries=300, images=1, quick=True, memory=True)

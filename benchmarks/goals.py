@@ -28,6 +28,7 @@ SMALL = ("small", "small channels_last")
 DEPTHWISE = ("c4 depthwise", "c4 depthwise channels_last")
 VARIANTS = tuple(f"c4 {v}" for v in ("deform_groups 4", "1x1", "5x5", "stride 2", "dilation 2"))
 ROI = ("FPN sampling_ratio 2", "FPN sampling_ratio 0")
+ROI_BFLOAT16 = ("FPN sampling_ratio 2 bfloat16", "FPN sampling_ratio 2 channels_last bfloat16")
 ATTENTION = ("encoder", "decoder")
 DETECTOR = ("Faster R-CNN R50-FPN, 2 images 320x320",)
 CPU_GOALS = (
@@ -47,6 +48,8 @@ CPU_GOALS = (
     Goal("a tiny call, (1, 16, 8, 8)", 2, 2.5, ("tiny",)),
     Goal("RoI align forward, to mmcv's roi_align", 0.5, 1.0, ROI, "forward", "deform_roi_align", "mmcv"),
     Goal("RoI align forward + backward", 0.5, 1.0, ROI, BOTH, "deform_roi_align", "mmcv"),
+    *(Goal(f"RoI align {direction}, bfloat16 to float32", 0.8, 1, ROI_BFLOAT16, direction, "deform_roi_align",
+           "dcn_plugin, float32") for direction in ("forward", BOTH)),
     Goal("peak memory forward, MiB a thread", 8, 16, (*STAGES, *LAST), over="memory"),
     *(Goal(f"attention {direction}, to mmcv's PyTorch path", 1 / 8, 1 / 4, ATTENTION, direction, "ms_deform_attn",
            "mmcv") for direction in ("forward", BOTH)),

@@ -191,8 +191,7 @@ void backward(const RoIBackward<T, Element>& args, int64_t slab, int64_t image, 
       grad_sampling[2 * s.bins() + bin] = sum_mask;
     }
   }
-  write_pixels<T>(args.grad_input, image, {channel, width}, 0, pixels,
-                  Neighbours<const T>{scratch.grad_map, padded});
+  write_pixels<T>(args.grad_input, image, {channel, width}, 0, pixels, Neighbours<const T>{scratch.grad_map, padded});
 }
 
 }  // namespace
