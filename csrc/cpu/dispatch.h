@@ -11,7 +11,8 @@ Isa isa();
 
 }  // namespace dcn::cpu
 
-#if defined(__x86_64__)
+// tests/cpu/test_threads.py compiles the portable kernels alone.
+#if defined(__x86_64__) && !defined(DCN_PORTABLE_ALONE)
 #define DCN_SELECT(CALL)                       \
   (isa() == Isa::avx512bf16 ? avx512bf16::CALL \
    : isa() == Isa::avx512   ? avx512::CALL     \
