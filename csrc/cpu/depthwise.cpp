@@ -82,7 +82,7 @@ Tensor depthwise_forward(const DeformConv2dShape& s, const Tensor& input, const 
       functions.forward(args, task % plan.slab_count, task / plan.slab_count, scratch);
     });
   });
-  return stored == input.scalar_type() ? output : torch::stable::to(output, input.scalar_type());
+  return converted(output, input.scalar_type());
 }
 
 Gradients depthwise_backward(const DeformConv2dShape& s, const Tensor& grad_output, const Tensor& input,
