@@ -15,7 +15,7 @@ export OMP_WAIT_POLICY := passive # with a busy neighbour, threads that spin are
 .PHONY: help setup setup-dev demo scaled-digits test fuzz lint format docs bench cuda sdist wheel matrix fork gpu-check clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup:  ## create .venv with pinned dependencies and build the package (2 minutes, once; MMCV=full compiles mmcv: 10)
 	@MMCV=$(MMCV) tools/setup_env.sh
