@@ -18,12 +18,14 @@ namespace {
 // Measured on shapes of ResNet-50 (benchmarks/NOTES.md). The division into tasks depends on the shape alone, not on the
 // number of threads, so that results repeat. The im2col columns of a tile and slab, and in the backward their gradients
 // too, fit in an L2 cache of 1 MiB.
-constexpr int64_t kForwardSlab = 128;  // channels
+constexpr int64_t kForwardDepth = 2304;  // im2col columns of a slab, but at least kForwardSlab channels
+constexpr int64_t kForwardSlab = 128;
 constexpr int64_t kBackwardSlab = 128;
 constexpr int64_t kLeastSlab = 32;
 constexpr int64_t kForwardRows = 48;  // output positions of a tile
-constexpr int64_t kBackwardRows = 96;
-constexpr int64_t kBackwardTasks = 4;  // wanted at least
+constexpr int64_t kBackwardRows = kMostTileRows;
+constexpr int64_t kBackwardTasks = 4;     // wanted at least
+constexpr int64_t kLeastWeights = 16384;  // packed by a thread
 
 class OwnedPlan : public Plan {
  public:
@@ -38,7 +40,7 @@ class OwnedPlan : public Plan {
     group_out_channels = s.group_out_channels() * merged;
 
     // A task of the backward is a slab: few channels and images are divided into narrower slabs, to have enough tasks.
-    int64_t slab_channels = backward ? kBackwardSlab : kForwardSlab;
+    int64_t slab_channels = backward ? kBackwardSlab : std::max(kForwardSlab, kForwardDepth / s.taps() / lanes * lanes);
     while (backward && slab_channels > kLeastSlab && s.batch * s.channels < kBackwardTasks * slab_channels)
       slab_channels /= 2;
     out_panels = divide_up(group_out_channels, lanes);
@@ -74,15 +76,24 @@ WeightView<T> view(const Plan& plan, const Tensor& weight, MemoryFormat format) 
   return {data, channels * taps, taps, 1};
 }
 
+// Calls task(slab, output panel) for all panels of the packed weight.
+template <class Task>
+void for_each_panel(const Plan& plan, const Task& task) {
+  const int64_t panel_weights = plan.shape.taps() * plan.max_padded * plan.lanes;
+  const int64_t grain = std::max<int64_t>(1, kLeastWeights / panel_weights);
+  torch::stable::parallel_for(0, plan.slab_count * plan.out_panels, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) task(i / plan.out_panels, i % plan.out_panels);
+  });
+}
+
 // Maps and weights have Element's dtype, all other tensors T's.
 template <class T, class Element>
 void run_forward(const Plan& plan, const DeformConv2dForward<T, Element>& kernels, const Tensor& input,
                  const Tensor& offset, const Tensor& weight, const std::optional<Tensor>& bias,
                  const std::optional<Tensor>& mask, const Tensor& output, bool channels_last) {
   const Tensor packed = empty(weight, {plan.packed_weight}, weight.scalar_type());
-  torch::stable::parallel_for(0, plan.slab_count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      kernels.pack_weight(plan, i, view<const Element>(plan, weight, format_of(weight)), data<Element>(packed));
+  for_each_panel(plan, [&](int64_t slab, int64_t panel) {
+    kernels.pack_weight(plan, slab, panel, view<const Element>(plan, weight, format_of(weight)), data<Element>(packed));
   });
   const ConvForward<T, Element> args{
       plan,          data<Element>(input),  data<T>(offset), data<T>(mask), data<Element>(packed),
@@ -131,13 +142,13 @@ void run_backward(const Plan& plan, const DeformConv2dKernels<T>& kernels,
   Tensor partials = empty(input, {need_columns ? plan.slab_count * s.batch * 3 * s.taps() * s.positions() : 0}, type);
   Tensor grad_packed = zeros(input, {need_weight ? plan.image_groups * plan.packed_weight : 0}, type);
   if (need_columns)
-    torch::stable::parallel_for(0, plan.slab_count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        backward.pack_weight_transposed(plan, i, view<const Element>(plan, weight, format_of(weight)),
-                                        data<Element>(packed));
+    for_each_panel(plan, [&](int64_t slab, int64_t panel) {
+      backward.pack_weight_transposed(plan, slab, panel, view<const Element>(plan, weight, format_of(weight)),
+                                      data<Element>(packed));
     });
   const ConvBackward<T, Element> args{plan,
                                       data<Element>(grad_output),
+                                      prefers_channels_last(grad_output),
                                       data<Element>(input),
                                       data<T>(offset),
                                       data<T>(mask),
@@ -151,9 +162,9 @@ void run_backward(const Plan& plan, const DeformConv2dKernels<T>& kernels,
   if (need_columns)
     reduce_sampling(s, plan.slabs, plan.slab_count, data<T>(partials), data<T>(grad.offset), data<T>(grad.mask));
   if (need_weight)
-    torch::stable::parallel_for(0, plan.slab_count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        kernels.unpack_grad_weight(plan, i, data<T>(grad_packed), view<T>(plan, *grad.weight, format_of(weight)));
+    for_each_panel(plan, [&](int64_t slab, int64_t panel) {
+      kernels.unpack_grad_weight(plan, slab, panel, data<T>(grad_packed),
+                                 view<T>(plan, *grad.weight, format_of(weight)));
     });
 }
 
@@ -168,9 +179,9 @@ Gradients all_gradients(const DeformConv2dShape& shape, const Tensor& grad_outpu
   if (shape.batch == 0) return grad;
   const auto run = [&]<class T, class Element>(const Plan& plan, const DeformConv2dKernels<T>& kernels,
                                                const DeformConv2dBackward<T, Element>& backward, ScalarType stored) {
-    run_backward(plan, kernels, backward, as_channels_last(grad_output, stored), as_channels_last(input, stored),
-                 as(offset, type), as(mask, type), as(weight, stored, format_of(weight)), need_columns, need_weight,
-                 grad);
+    run_backward(plan, kernels, backward, as(grad_output, stored, format_of(grad_output)),
+                 as_channels_last(input, stored), as(offset, type), as(mask, type),
+                 as(weight, stored, format_of(weight)), need_columns, need_weight, grad);
   };
   if (type == ScalarType::Double) {
     const auto& kernels = select_deform_conv2d_kernels<double>();

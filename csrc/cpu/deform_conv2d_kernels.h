@@ -16,6 +16,8 @@
 
 namespace dcn::cpu {
 
+constexpr int64_t kMostTileRows = 96;  // output positions; a multiple of every instruction set's row block
+
 // Neighbouring channels that belong to one group and to one deform group.
 struct Slab {
   int64_t channel, width;  // first input channel, number of channels
@@ -62,8 +64,9 @@ struct ConvForward {
 template <class T, class Element>
 struct ConvBackward {
   const Plan& plan;
-  const Element* grad_output;  // (N, Ho * Wo, Co)
-  const Element* input;        // as above
+  const Element* grad_output;  // (N, Ho * Wo, Co) or (N, Co, Ho * Wo)
+  bool grad_output_channels_last;
+  const Element* input;  // as above
   const T* offset;
   const T* mask;
   const Element* packed_weight;  // by pack_weight_transposed; null if neither grad_input nor grad_sampling is needed
@@ -76,14 +79,15 @@ struct ConvBackward {
 template <class T, class Element>
 struct DeformConv2dForward {
   int64_t (*scratch_bytes)(const Plan&);
-  void (*pack_weight)(const Plan&, int64_t slab, WeightView<const Element> weight, Element* packed);
+  void (*pack_weight)(const Plan&, int64_t slab, int64_t panel, WeightView<const Element> weight, Element* packed);
   void (*forward)(const ConvForward<T, Element>&, int64_t tile, void* scratch);
 };
 
 template <class T, class Element>
 struct DeformConv2dBackward {
   int64_t (*scratch_bytes)(const Plan&);
-  void (*pack_weight_transposed)(const Plan&, int64_t slab, WeightView<const Element> weight, Element* packed);
+  void (*pack_weight_transposed)(const Plan&, int64_t slab, int64_t panel, WeightView<const Element> weight,
+                                 Element* packed);
   void (*backward)(const ConvBackward<T, Element>&, int64_t slab, int64_t image_group, void* scratch);
 };
 
@@ -96,7 +100,7 @@ struct DeformConv2dKernels {
   DeformConv2dForward<T, Bfloat16> bfloat16_forward;
   DeformConv2dBackward<T, Bfloat16> bfloat16_backward;
   // Adds the partial sums of the image groups, in order.
-  void (*unpack_grad_weight)(const Plan&, int64_t slab, const T* packed, WeightView<T> grad_weight);
+  void (*unpack_grad_weight)(const Plan&, int64_t slab, int64_t panel, const T* packed, WeightView<T> grad_weight);
 };
 
 }  // namespace dcn::cpu

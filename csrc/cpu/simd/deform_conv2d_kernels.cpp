@@ -15,7 +15,7 @@ namespace {
 // Buffers of a task. Columns have the maps' type.
 template <class T, class Element = T>
 struct Scratch {
-  Scratch(const Plan& plan, bool backward, Arena arena) : table(plan.shape.taps(), plan.tile_rows, backward, arena) {
+  Scratch(const Plan& plan, bool backward, Arena arena) : table(plan.shape.taps(), backward, arena) {
     const int64_t rows = plan.tile_rows, depth = plan.shape.taps() * plan.max_padded;
     const int64_t out_size = rows * plan.out_panels * kLanes<T>;
     columns = arena.allocate<Element>(rows * depth);
@@ -139,20 +139,47 @@ struct TransposedRow<Bfloat16> {
   uint32_t second;
 };
 
+// The gradient of `count` output channels from `first_channel` on at a block's positions.
+template <class T, class Element>
+inline void load_block(const ConvBackward<T, Element>& args, Tile tile, int64_t block, int64_t first_channel,
+                       int64_t count, Vec<T> (&rows)[kRowBlock]) {
+  const int64_t positions = args.plan.shape.positions(), out_channels = args.plan.shape.out_channels;
+  const int64_t position = tile.first + block * kRowBlock;
+  const int64_t present = lesser(kRowBlock, tile.first + tile.rows - position);
+  if (args.grad_output_channels_last) {
+    const Element* from = args.grad_output + (tile.image * positions + position) * out_channels + first_channel;
+    for (int64_t r = 0; r < kRowBlock; ++r) rows[r] = r < present ? load(from + r * out_channels, count) : Vec<T>{};
+    return;
+  }
+  const Element* from = args.grad_output + (tile.image * out_channels + first_channel) * positions + position;
+  if constexpr (kRowBlock <= kLanes<T>) {
+    Vec<T> channels[kLanes<T>] = {};
+    for (int64_t lane = 0; lane < count; ++lane) channels[lane] = load(from + lane * positions, present);
+    transpose_rows<kLanes<T>>(channels);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRowBlock; ++r) rows[r] = channels[r];
+  } else {
+    for (int64_t r = 0; r < kRowBlock; ++r)
+      for (int64_t lane = 0; lane < kLanes<T>; ++lane)
+        rows[r][lane] = r < present && lane < count ? from[lane * positions + r] : T(0);
+  }
+}
+
 template <class T, class Element>
 void load_grad_output(const ConvBackward<T, Element>& args, Tile tile, int64_t first_channel, int64_t width,
                       const Scratch<T, Element>& scratch) {
-  constexpr int L = kLanes<T>;
-  const int64_t out_channels = args.plan.shape.out_channels, panels = args.plan.out_panels;
-  const Element* from =
-      args.grad_output + (tile.image * args.plan.shape.positions() + tile.first) * out_channels + first_channel;
+  const int64_t panels = args.plan.out_panels;
   for_each_vector<T>(width, [&](int64_t v, int64_t count) {
-    for (int64_t r = 0; r < tile.blocks() * kRowBlock; ++r) {
-      const int64_t block = r / kRowBlock, row = r % kRowBlock, c = v * L;
-      const Vec<T> value = r < tile.rows ? load(from + r * out_channels + c, count) : Vec<T>{};
-      store(at_sample<T>(scratch.grad_out, block, row, 0, 1, panels) + c * kRowBlock, value);
-      if constexpr (Scratch<T, Element>::kInterleaved)
-        TransposedRow<Element>(at_sample<T>(scratch.grad_out_transposed, block, row, 0, 1, panels), row)(c, value);
+    const int64_t c = v * kLanes<T>;
+    for (int64_t block = 0; block < tile.blocks(); ++block) {
+      Vec<T> rows[kRowBlock] = {};
+      load_block(args, tile, block, first_channel + c, count, rows);
+      for (int64_t row = 0; row < kRowBlock; ++row) {
+        store(at_sample<T>(scratch.grad_out, block, row, 0, 1, panels) + c * kRowBlock, rows[row]);
+        if constexpr (Scratch<T, Element>::kInterleaved)
+          TransposedRow<Element>(at_sample<T>(scratch.grad_out_transposed, block, row, 0, 1, panels), row)(c,
+                                                                                                           rows[row]);
+      }
     }
   });
 }
@@ -161,11 +188,10 @@ template <class T, class Element>
 void forward_slab(const ConvForward<T, Element>& args, Tile tile, int64_t index, const Scratch<T, Element>& scratch) {
   const Plan& plan = args.plan;
   const Slab& slab = plan.slabs[index];
-  const int64_t depth = plan.shape.taps() * slab.padded;
+  const int64_t taps = plan.shape.taps(), panels = slab.padded / kLanes<T>, depth = taps * slab.padded;
   const Element* map = args.input + map_start(plan.shape, tile.image, slab);
-  const auto columns_row = [&](int64_t block, int64_t row, int64_t tap) {
-    return ColumnsRow<T, Element>{
-        at_sample<T>(scratch.columns, block, row, tap, plan.shape.taps(), slab.padded / kLanes<T>)};
+  const auto columns_row = [columns = scratch.columns, taps, panels](int64_t block, int64_t row, int64_t tap) {
+    return ColumnsRow<T, Element>{at_sample<T>(columns, block, row, tap, taps, panels)};
   };
   if constexpr (std::is_same_v<T, Element>)
     gather(plan.shape, scratch.table, tile, map, scratch.zeros, slab.width, columns_row);

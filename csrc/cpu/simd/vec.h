@@ -145,11 +145,16 @@ static inline void store_pairs(Bfloat16* first, Bfloat16* second, Vec<float> low
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
                                          5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   const __m512i both = _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+  // For memcpy of its halves GCC would write the vector to the stack and read it back.
+  const __m256i halves[2] = {_mm512_maskz_extracti64x4_epi64(0xff, both, 0),
+                             _mm512_maskz_extracti64x4_epi64(0xff, both, 1)};
+  __builtin_memcpy(first, &halves[0], sizeof(halves[0]));
+  __builtin_memcpy(second, &halves[1], sizeof(halves[1]));
 #else
   const FloatBits both = widen(to_bfloat16(low)) | widen(to_bfloat16(high)) << 16;
-#endif
   __builtin_memcpy(first, &both, sizeof(both) / 2);
   __builtin_memcpy(second, reinterpret_cast<const char*>(&both) + sizeof(both) / 2, sizeof(both) / 2);
+#endif
 }
 
 // Rounds and writes one half of each pair: first the low one (`second` 0), then the high one (1) beside it.
