@@ -17,13 +17,14 @@ namespace {
 
 // Measured on shapes of ResNet-50 (benchmarks/NOTES.md). The division into tasks depends on the shape alone, not on the
 // number of threads, so that results repeat. The im2col columns of a tile and slab, and in the backward their gradients
-// too, fit in an L2 cache of 1 MiB.
+// too, fit in an L2 cache of 1 MiB (3x3, float32).
 constexpr int64_t kForwardDepth = 2304;  // im2col columns of a slab, but at least kForwardSlab channels
 constexpr int64_t kForwardSlab = 128;
 constexpr int64_t kBackwardSlab = 128;
 constexpr int64_t kLeastSlab = 32;
 constexpr int64_t kForwardRows = 48;  // output positions of a tile
 constexpr int64_t kBackwardRows = kMostTileRows;
+static_assert(kForwardRows <= kMostTileRows);
 constexpr int64_t kBackwardTasks = 4;     // wanted at least
 constexpr int64_t kLeastWeights = 16384;  // packed by a thread
 

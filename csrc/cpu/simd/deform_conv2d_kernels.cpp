@@ -154,7 +154,9 @@ inline void load_block(const ConvBackward<T, Element>& args, Tile tile, int64_t 
   const Element* from = args.grad_output + (tile.image * out_channels + first_channel) * positions + position;
   if constexpr (kRowBlock <= kLanes<T>) {
     Vec<T> channels[kLanes<T>] = {};
-    for (int64_t lane = 0; lane < count; ++lane) channels[lane] = load(from + lane * positions, present);
+    const bool inside = position + kLanes<T> <= positions;  // then a whole vector may be read, which is faster
+    for (int64_t lane = 0; lane < count; ++lane)
+      channels[lane] = inside ? load(from + lane * positions) : load(from + lane * positions, present);
     transpose_rows<kLanes<T>>(channels);
 #pragma GCC unroll 16
     for (int r = 0; r < kRowBlock; ++r) rows[r] = channels[r];

@@ -12,6 +12,8 @@ struct Tile {
   int64_t blocks() const { return (rows + kRowBlock - 1) / kRowBlock; }
 };
 
+static_assert(kMostTileRows % kRowBlock == 0);
+
 // A tap's samples in a tile, by row. Arrays of a constant size, so that one pointer reaches all of them.
 template <class T>
 struct TapSamples {
