@@ -87,6 +87,8 @@ def test_resnet_from_scratch(pack, depth):
     pytest.importorskip("mmdet")
     from mmdet.models.backbones import ResNet
 
+    import dcn_plugin.mmdet  # noqa: F401 (registers DCN and DCNv2)
+
     backbone = ResNet(
         depth,
         base_channels=2,
